@@ -1,0 +1,499 @@
+"""
+RPO: Regularized Preference Optimization (Liu et al., NeurIPS 2024, arXiv 2405.16436), the whole trainer in one file.
+
+    python prepare_data.py && torchrun rpo.py                            # RPO in a toy world, a minute on a laptop
+    torchrun rpo.py --eta 0 --out_dir out/toy-dpo                        # eta = 0 is DPO
+    torchrun rpo.py --beta 0 --sft mean --eta 1 --out_dir out/toy-sft    # beta = 0 leaves SFT on the chosen responses
+    torchrun --nproc_per_node 8 rpo.py --recipe zephyr-beta              # the paper's run on eight GPUs
+
+From DPO to RPO it is one term. With h = (log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x)), y_w the
+chosen and y_l the rejected response, log-probs summed over a response's tokens, end-of-turn token included, the loss is
+    --sft sum    -log sigmoid(beta h) + eta beta (-log pi(y_w|x))            Algorithm 2 of the paper
+    --sft mean   -log sigmoid(beta h) + eta      (-log pi(y_w|x) / |y_w|)    Appendix F
+averaged over the pairs of a step, all ranks together (tests/test_theory.py shows where the SFT term comes from).
+The way of a pair: tokenize_pair, global_batches, micro_batches, collate, PairLogps, rpo_loss, one all-reduce a step.
+"""
+import argparse, atexit, collections, hashlib, importlib.util, json, math, os, resource, shutil, sys, time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jinja2 import TemplateError
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+SIDES = ("chosen", "rejected", "baseline")  # baseline is optional: what SFT imitates in place of the chosen response
+METRICS = ("loss", "loss/dpo", "loss/sft", "rewards/chosen", "rewards/rejected", "rewards/margins",
+           "rewards/accuracies", "logps/chosen", "logps/rejected", "logps/chosen_vs_ref", "logps/rejected_vs_ref",
+           "nll_per_token")
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+say = tqdm.write if RANK == 0 else lambda message: None
+
+PAPER = dict(beta=0.01, eta=0.005, sft="sum", learning_rate=5e-7, lr_scheduler="cosine", warmup_ratio=0.1, epochs=1,
+             batch_size=128, max_length=1024, max_prompt_length=512, seed=42, dtype="bfloat16")
+GEMMA = PAPER | dict(model="HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", data="data/dpo-mix-7k", beta=0.05, epochs=2)
+RECIPES = {"zephyr-beta": PAPER | dict(model="HuggingFaceH4/mistral-7b-sft-beta", data="data/ultrafeedback"),
+           "zephyr-gemma": GEMMA, "zephyr-gemma-mean": GEMMA | dict(beta=0.5, eta=0.2, sft="mean", max_prompt_length=0)}
+
+def parse_options(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    def add(name, default, text, **how):
+        how |= dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
+        parser.add_argument("--" + name, default=default, help=f"{text} (default: {default})", **how)
+    # what a resumed run must not change
+    add("model", "data/toy/model", "policy at the start: Hugging Face folder or hub name")
+    add("ref_model", "", "reference policy: folder or hub name; empty: --model as it is before training")
+    add("beta", 0.1, "strength of the pull to the reference; 0 with --sft mean: SFT only")
+    add("eta", 0.5, "weight of the SFT term; 0: DPO")
+    add("sft", "sum", "SFT term: eta * beta * summed NLL, or eta * mean NLL per token", choices=("sum", "mean"))
+    add("batch_size", 16, "pairs per optimizer step, over all ranks")
+    add("max_length", 1024, "tokens of prompt + response, pairs beyond are dropped and counted; 0: no limit")
+    add("max_prompt_length", 512, "tokens of the prompt, cut from the left; 0: no limit")
+    add("epochs", 10, "passes over the pairs; the schedule is planned on them")
+    add("learning_rate", 5e-4, "peak learning rate of AdamW; about 5e-7 for a 7B model")
+    add("lr_scheduler", "cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
+    add("warmup_ratio", 0.1, "share of the planned steps in which the learning rate rises")
+    add("weight_decay", 0.0, "of AdamW, on all weights")
+    add("grad_clip", 1.0, "largest gradient norm; 0: no clipping")
+    add("dtype", "float32", "bfloat16: computed so, weights kept in float32", choices=("float32", "bfloat16"))
+    add("seed", 42, "of the order of pairs, the only random draw in training")
+    # what it may change
+    add("data", "data/toy", "folder with train.jsonl and, if there is to be evaluation, test.jsonl")
+    add("out_dir", "out/toy-rpo", "folder of this run: metrics.jsonl, step_000100/, final/; with --recipe out/RECIPE")
+    add("max_tokens", 8192, "tokens of a micro-batch of one rank, padding included: sets the memory")
+    add("max_steps", 0, "stop after this many steps, on the schedule of all epochs; 0: do not stop early")
+    add("attn", "sdpa", "attention code", choices=("sdpa", "eager", "flex_attention"))
+    add("compile", False, "torch.compile of each decoder layer: slow to start, then faster on a GPU")
+    add("fsdp", False, "shard weights, gradients and optimizer over the ranks (FSDP2); else each has all (DDP)")
+    add("gradient_checkpointing", False, "recompute activations in backward: less memory, a third more time")
+    add("precompute_ref", True, "reference log-probs once, cached in DATA/ref_logps; else keep it in memory")
+    add("eval_every", 100, "steps between evaluations on test.jsonl, also done at the start and end; 0: none")
+    add("save_every", 0, "steps between checkpoints; 0: final/ only")
+    add("resume", False, "continue from the newest complete checkpoint in out_dir, start afresh if none")
+    add("tracker", "none", "also log to this tracker, which must be installed", choices=("none", "wandb", "trackio"))
+    add("recipe", "", "the paper's settings, which other flags override, see RECIPES", choices=tuple(RECIPES))
+    if recipe := parser.parse_args(argv).recipe:
+        parser.set_defaults(out_dir=f"out/{recipe}", **RECIPES[recipe])
+    o = parser.parse_args(argv)
+    if o.batch_size < WORLD_SIZE:
+        fail(f"--batch_size {o.batch_size} is below the number of ranks, {WORLD_SIZE}: every rank needs a pair a step")
+    if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
+        fail("with --beta 0 this loss is a constant; SFT alone is --beta 0 --sft mean --eta 1")
+    if o.tracker != "none" and not importlib.util.find_spec(o.tracker):
+        fail(f"--tracker {o.tracker}: pip install {o.tracker} first")
+    return o
+
+def fail(message):
+    """Bad input ends in one line on stderr and exit code 2."""
+    time.sleep(2 * (RANK > 0))  # rank 0 mostly has the same complaint; torchrun then ends this rank before it speaks
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+def load(auto_class, path, **kwargs):
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        fail(f"cannot load {path} ({' '.join(str(error).split())[:200]}); python prepare_data.py makes the toy's model")
+
+def load_model(path, attn="sdpa"):
+    """A causal language model with float32 weights and no dropout, which would make the log-ratio a random number."""
+    config = load(AutoConfig, path)
+    for name in [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]:
+        setattr(config, name, 0.0)  # not model.eval(), which also turns gradient checkpointing off
+    return load(AutoModelForCausalLM, path, config=config, dtype=torch.float32, attn_implementation=attn)
+
+def text_of(prompt, response, tokenizer):
+    """The text that generation starts from (response None), or that of both up to and with the end-of-turn token."""
+    if isinstance(prompt, str):
+        return prompt + (response + tokenizer.eos_token if response else "")
+    text = tokenizer.apply_chat_template(prompt + (response or []), add_generation_prompt=not response, tokenize=False)
+    if response:  # what the template writes behind the end-of-turn token, often a newline, is not for a model to learn
+        end = max(text.rfind(response[-1]["content"].strip()), 0) + len(response[-1]["content"].strip())
+        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        stops = [(text.find(token, end), len(token)) for token in specials if token in text[end:]]
+        text = text[:sum(min(stops))] if stops else text[:end] + tokenizer.eos_token
+    return text
+
+def encode(text, tokenizer, raw):
+    """Token ids, a list. A template writes its own special tokens; raw text gets the BOS of the tokenizer, once."""
+    ids, bos = tokenizer(text, add_special_tokens=False).input_ids, tokenizer.bos_token_id
+    return [bos] + ids if raw and tokenizer("a").input_ids[:1] == [bos] != ids[:1] else ids
+
+def tokenize_pair(record, tokenizer, max_length=0, max_prompt_length=0):
+    """A record -> {"prompt": ids, "chosen": ids, "rejected": ids[, "baseline": ids][, "cut": tokens the prompt lost]},
+    each response with its one end-of-turn token; or the reason (str) to drop it. Raises on what is no such record."""
+    prompt, raw, bos = record["prompt"], isinstance(record["prompt"], str), tokenizer.bos_token_id
+    responses = {side: record[side] for side in SIDES if side != "baseline" or record.get(side)}
+    if not raw and not tokenizer.chat_template:
+        raise ValueError(f"messages need a chat template, and the tokenizer {tokenizer.name_or_path} has none")
+    if not all((response if raw else response[-1]["content"]).strip() for response in responses.values()):
+        return "empty response"
+    try:
+        start = text_of(prompt, None, tokenizer)
+        texts = {side: text_of(prompt, response, tokenizer) for side, response in responses.items()}
+    except TemplateError as error:
+        return f"chat template: {error}"
+    prompt_ids, *ids = (encode(text, tokenizer, raw) for text in (start, *texts.values()))
+    # where a token spans the boundary the prompt ends before it, for every side: no text is lost (trl#2054)
+    n = next((i for i, column in enumerate(zip(prompt_ids, *ids)) if len(set(column)) > 1), len(prompt_ids))
+    answers = {side: some[n:] for side, some in zip(texts, ids)}
+    pair = {"prompt": prompt_ids[:n], **answers}
+    if 0 < max_prompt_length < n:
+        keep = 1 if prompt_ids[0] == bos else 0  # models lean on their first token: BOS stays
+        pair.update(prompt=prompt_ids[:keep] + prompt_ids[n - max_prompt_length + keep:n], cut=n - max_prompt_length)
+    drop = {"empty prompt": n == 0, "two BOS tokens": bos is not None and prompt_ids[:2] == [bos, bos],
+            "prompt rendered differently when alone": not all(text.startswith(start) for text in texts.values()),
+            "end-of-turn token inside the response": any(a.count(a[-1]) > 1 for a in answers.values() if a),
+            # not cut: a response without its end-of-turn token would teach SFT never to stop
+            "longer than max_length": 0 < max_length < len(pair["prompt"]) + max(map(len, answers.values()))}
+    return next((reason for reason, holds in drop.items() if holds), pair)
+
+def load_pairs(path, tokenizer, max_length=0, max_prompt_length=0):
+    """The pairs of a jsonl file, ids as int32 arrays, and a Counter of those dropped, by reason, and of prompts cut."""
+    if not os.path.isfile(path):
+        fail(f"no file {path}; python prepare_data.py makes the toy world, python prepare_data.py SOURCE other data")
+    pairs, counts = [], collections.Counter()
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(tqdm(file, f"tokenize {path}", unit="pair", leave=False, disable=RANK > 0), 1):
+            try:
+                pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                fail(f"{path} line {number} is no pair of prompt, chosen, rejected: {type(error).__name__} {error}")
+            counts[f"dropped: {pair}" if isinstance(pair, str) else "prompts cut" if "cut" in pair else "whole"] += 1
+            pairs += [{key: np.array(ids, np.int32) for key, ids in pair.items()}] if isinstance(pair, dict) else []
+    if not pairs:
+        fail(f"{path} has no pair to train on ({dict(counts) or 'it is empty'})")
+    if any("baseline" in pair for pair in pairs):  # then every pair has one: its chosen response where none is given
+        pairs = [{"baseline": pair["chosen"], **pair} for pair in pairs]
+    return pairs, counts
+
+def show_pair(pair, tokenizer):
+    """The pair as text, a bar before each scored token: what the model will be taught, to be looked at once a run."""
+    texts = {side: "".join("|" + tokenizer.decode([token]) for token in pair[side]) for side in SIDES if side in pair}
+    return "\n".join(f"{key:9s} {text}" for key, text in {"prompt": tokenizer.decode(pair["prompt"]), **texts}.items())
+
+def global_batches(n, batch_size, seed, epoch):
+    """The steps of an epoch, lists of pair indices, from (seed, epoch) alone: all ranks draw the same permutation."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
+    return [order[i:i + batch_size] for i in range(0, n, batch_size)]  # the last may be smaller, its mean is its own
+
+def micro_batches(batch, lengths, max_tokens, rank=0, world_size=1):
+    """This rank's share of a batch, by falling length, in runs whose padded rows fit max_tokens: (indices, weight).
+    Ranks deal out runs of neighbours, so all make equally many passes; one left without gets a stand-in of weight 0."""
+    batch = sorted(batch, key=lambda i: -lengths[i])  # the longest first: running out of memory shows at once
+    while batch:
+        rows = max(1, max_tokens // lengths[batch[0]]) * world_size
+        run, batch = batch[:rows], batch[rows:]
+        yield run[rank::world_size] or run[:1], float(rank < len(run))
+
+def row_length(pair, shared):
+    """Tokens that a pair brings to a micro-batch: one row, or as many rows as responses, padded to the longest."""
+    prompt, responses = len(pair["prompt"]), [len(pair[side]) for side in SIDES if side in pair]
+    return prompt + sum(responses) if shared else len(responses) * (prompt + max(responses))
+
+def collate(pairs, pad_token_id, shared=True):
+    """B pairs of K responses (2, or 3 with baselines) -> tensors, in R rows of T tokens: the prompt and then all its
+    responses if shared, else the prompt and one of them. input_ids, attention_mask (R, T); position_ids (R, T): each
+    response goes on from the prompt; branch (R, T): 0 prompt, 1 chosen, 2 rejected, 3 baseline, -1 padding.
+    Of the N response tokens, all (N,): target; row, place that predict it; pair, side it is of."""
+    rows, sides = [], [side for side in SIDES if side in pairs[0]]
+    for b, pair in enumerate(pairs):
+        for some in [range(len(sides))] if shared else [[k] for k in range(len(sides))]:
+            parts = [pair["prompt"], *(pair[sides[k]] for k in some)]
+            P, sizes = len(parts[0]), [len(part) for part in parts]
+            position = np.concatenate([np.arange(P), *(np.arange(P, P + size) for size in sizes[1:])])
+            branch = np.repeat([0, *(k + 1 for k in some)], sizes)
+            place = np.where(position == P, P, np.arange(len(position))) - 1  # each first token: at the prompt's end
+            rows.append((np.concatenate(parts).astype(int), position, branch, place, np.full(len(position), b)))
+    stack = lambda i, fill: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[i]) for row in rows], True, fill)
+    ids, position, branch, place, pair = map(stack, range(5), (pad_token_id, 0, -1, 0, 0))  # (R, T) each
+    at = (branch > 0).nonzero(as_tuple=True)  # (N,) rows, (N,) columns
+    batch = dict(input_ids=ids, attention_mask=(branch >= 0).long(), row=at[0], place=place[at], target=ids[at],
+                 pair=pair[at], side=branch[at] - 1, logps=torch.zeros(len(pairs), len(sides)))
+    return batch | dict(position_ids=position, branch=branch) if shared else batch
+
+SHARED_ROWS = {}  # position_ids and branch (R, T) of the shared rows under way
+def share_prompts(build_mask):
+    """Wraps a mask builder of transformers: a token sees its prompt and its branch, and within them what the model's
+    own rule (causal, sliding window, chunks) says of their positions, never of their places in the row."""
+    def build(*args, mask_function=causal_mask_function, **kwargs):
+        position, branch = SHARED_ROWS.get("position_ids"), SHARED_ROWS.get("branch")
+        def rule(b, head, q, k):
+            kin = (branch[b, k] == 0) | (branch[b, k] == branch[b, q])
+            return kin & mask_function(b, head, position[b, q], position[b, k])
+        shared = dict(mask_function=rule, allow_is_causal_skip=False) if SHARED_ROWS else {}
+        return build_mask(*args, **dict(mask_function=mask_function) | kwargs | shared)
+    return build
+for name in ("sdpa", "eager", "flex_attention"):
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = share_prompts(ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+class PairLogps(torch.nn.Module):
+    """forward(batch) -> (B, K) summed log-probs [chosen, rejected(, baseline)], float32; what DDP and FSDP wrap."""
+    def __init__(self, model, dtype=torch.float32):
+        super().__init__()
+        self.model, self.dtype, self.config = model, dtype, model.config.get_text_config()
+        self.layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+
+    def token_logps(self, hidden, target):
+        of = lambda name: getattr(self.config, name, None)
+        logits = self.model.get_output_embeddings()(hidden) * (of("logit_scale") or 1) / (of("logits_scaling") or 1)
+        if cap := of("final_logit_softcapping"):
+            logits = cap * torch.tanh(logits / cap)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -300 bfloat16 steps by 2 nats
+        return logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)  # (n,)
+
+    def forward(self, batch):
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            try:
+                SHARED_ROWS.update({name: batch[name] for name in ("position_ids", "branch") if name in batch})
+                hidden = self.model.base_model(**inputs, use_cache=False)[0]  # (R, T, D)
+            finally:
+                SHARED_ROWS.clear()
+            # only response positions meet the vocabulary, in chunks recomputed in backward: (R, T, V) never exists
+            hidden, n = hidden[batch["row"], batch["place"]], max(1, 2**24 // self.config.vocab_size)  # (N, D)
+            logps = torch.cat([torch.utils.checkpoint.checkpoint(self.token_logps, h, target, use_reentrant=False)
+                               for h, target in zip(hidden.split(n), batch["target"].split(n))])  # (N,)
+        return logps.new_zeros(batch["logps"].shape).index_put((batch["pair"], batch["side"]), logps, accumulate=True)
+
+def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
+    """The objective of arXiv 2405.16436. policy_logps, ref_logps (B, 2): summed log-probs of [chosen, rejected], nats.
+    chosen_lengths (B,): tokens of the response SFT imitates, the chosen one unless baseline_logps (B,) names another.
+    Returns losses (B,), whose mean over the global batch is to be minimised, and {key of METRICS: (B,)}, detached."""
+    logratios = policy_logps - ref_logps  # (B, 2)
+    h = logratios[:, 0] - logratios[:, 1]  # (B,)
+    nll = -(policy_logps[:, 0] if baseline_logps is None else baseline_logps)  # (B,)
+    dpo_losses = -torch.nn.functional.logsigmoid(beta * h)  # Bradley-Terry, with beta log(pi/ref) as the reward
+    sft_losses = {"sum": eta * beta * nll, "mean": eta * nll / chosen_lengths}[sft]  # Algorithm 2, Appendix F
+    losses, rewards = dpo_losses + sft_losses, beta * logratios
+    correct = (h > 0) + 0.5 * (h == 0)  # a tie counts half: an untouched policy shows 0.5
+    values = (losses, dpo_losses, sft_losses, *rewards.T, rewards[:, 0] - rewards[:, 1], correct, *policy_logps.T,
+              *logratios.T, nll / chosen_lengths)
+    return losses, {key: value.detach() for key, value in zip(METRICS, values)}
+
+@torch.no_grad()
+def score(module, pairs, max_tokens, pad_token_id, shared):
+    """The module's log-probs of all pairs (N, K), float32, in their order, on every rank; the ranks share the work."""
+    logps = torch.zeros(len(pairs), len(pairs[0].keys() & set(SIDES)), device=next(module.parameters()).device)
+    micro = list(micro_batches(range(len(pairs)), [row_length(p, shared) for p in pairs], max_tokens, RANK, WORLD_SIZE))
+    for indices, weight in tqdm(micro, "log-probs", leave=False, disable=RANK > 0):
+        logps[indices] = weight * module(collate([pairs[i] for i in indices], pad_token_id, shared))
+    if WORLD_SIZE > 1:
+        dist.all_reduce(logps)
+    return logps
+
+def can_share(model, pair, pad_token_id):
+    """Whether rows may share a prompt, or must be separate: which gives the log-probs and gradients of the model's own
+    loss on this pair is measured, as no list of models is complete. Ends the program where neither does."""
+    probes = [p for p in model.parameters() if p.dim() == 1] or [next(model.parameters())]  # some in every layer
+    def with_grads(logps):
+        grads = torch.autograd.grad(logps[0] - logps[1] / 2, probes, materialize_grads=True)
+        return logps.detach(), torch.cat([grad.flatten() for grad in grads])
+    def own_logp(side):
+        ids = torch.tensor(np.concatenate([pair["prompt"], pair[side]]), device=model.device).long()[None]  # (1, T)
+        labels = ids.where(torch.arange(ids.size(1), device=model.device) >= len(pair["prompt"]), -100)
+        return -len(pair[side]) * model(ids, labels=labels, use_cache=False).loss
+    own = with_grads(torch.stack([own_logp("chosen"), own_logp("rejected")]))
+    for shared in (True, False):
+        ours = with_grads(PairLogps(model)(collate([pair], pad_token_id, shared))[0, :2])
+        if all((a - b).norm() <= 1e-3 * b.norm() for a, b in zip(ours, own)):  # rounding: below 1e-4
+            return shared
+    fail(f"{type(model).__name__} is not supported: by its own loss the responses have log-probs {own[0].tolist()}, by "
+         f"its hidden states and output embedding {ours[0].tolist()}")
+
+def digest(arrays):
+    """Names data and weights by their content."""
+    parts = [hashlib.sha256(np.ascontiguousarray(array)).digest() for array in arrays]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+def shard(module):
+    """FSDP2: weights, gradients and moments in float32 shards; each layer gathers its weights, computing in dtype."""
+    for part in (*module.layers, module):
+        fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=module.dtype, reduce_dtype=torch.float32))
+    module.dtype = torch.float32  # no autocast on top
+
+def learning_rate(step, steps, o):
+    """Of step 0, 1, ...: a linear rise, then --lr_scheduler, which reaches 0 at the end of the planned steps."""
+    warmup = math.ceil(o.warmup_ratio * steps)
+    done = (step - warmup) / max(1, steps - warmup)
+    fall = dict(cosine=(1 + math.cos(math.pi * done)) / 2, linear=1 - done, constant=1)[o.lr_scheduler]
+    return o.learning_rate * ((step + 1) / warmup if step < warmup else fall)
+
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=WORLD_SIZE > 1)  # any sharding
+def save_checkpoint(path, policy, tokenizer, optimizer, state):
+    """A Hugging Face folder, optimizer.safetensors, trainer_state.json: written aside, flushed, renamed, never half."""
+    weights = dcp.get_model_state_dict(policy, options=FULL)
+    moments = dcp.get_optimizer_state_dict(policy, optimizer, options=FULL)
+    if RANK == 0:
+        shutil.rmtree(path + ".tmp", ignore_errors=True)
+        model = getattr(policy, "module", policy).model
+        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # a tied weight once
+        weights = {name: weights["model." + name] for name in names if "model." + name in weights}
+        model.save_pretrained(path + ".tmp", state_dict=weights)
+        tokenizer.save_pretrained(path + ".tmp")
+        moments = {f"{name}.{key}": tensor for name, of in moments["state"].items() for key, tensor in of.items()}
+        save_file(moments, path + ".tmp/optimizer.safetensors")
+        Path(path + ".tmp/trainer_state.json").write_text(json.dumps(state, indent=1))
+        os.sync()
+        if os.path.exists(path):  # the final/ of a shorter run: it stays, under its step's name
+            os.rename(path, Path(path).parent / f"step_{newest_checkpoint(Path(path).parent)[1]['step']:06d}")
+        os.rename(path + ".tmp", path)
+
+def load_moments(path, policy, optimizer):
+    moments = dcp.get_optimizer_state_dict(policy, optimizer, options=FULL)
+    for key, tensor in load_file(path).items() if RANK == 0 else ():
+        name, key = key.rsplit(".", 1)
+        moments["state"][name][key] = tensor
+    dcp.set_optimizer_state_dict(policy, optimizer, moments, options=FULL)
+
+def newest_checkpoint(out_dir):
+    """(folder, trainer state) of the complete checkpoint with the most steps, or (None, None)."""
+    paths = [path for path in Path(out_dir).glob("*/trainer_state.json") if path.parent.suffix != ".tmp"]
+    found = [(str(path.parent), json.loads(path.read_text())) for path in paths]
+    return max(found, key=lambda each: each[1]["step"], default=(None, None))
+
+def main():
+    o, cuda = parse_options(), torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    alone = {} if "RANK" in os.environ else dict(rank=0, world_size=1, store=dist.HashStore())  # without torchrun
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
+    metrics_file, (folder, saved) = Path(o.out_dir, "metrics.jsonl"), newest_checkpoint(o.out_dir)
+    if not o.resume and (saved or metrics_file.exists()):
+        fail(f"{o.out_dir} holds a run: continue it with --resume, or choose another --out_dir")
+
+    # the pairs, and what to look at before believing a run
+    tokenizer, pairs = load(AutoTokenizer, o.model), {}
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked, never scored
+    for split in ("train", "test") if o.eval_every and os.path.exists(f"{o.data}/test.jsonl") else ("train",):
+        pairs[split], counts = load_pairs(f"{o.data}/{split}.jsonl", tokenizer, o.max_length, o.max_prompt_length)
+        say(f"{split}: {len(pairs[split])} pairs ({', '.join(f'{n} {what}' for what, n in counts.items())})")
+    train, data = pairs["train"], digest(pair[key] for some in pairs.values() for pair in some for key in sorted(pair))
+    sft_lengths = lambda some: torch.tensor([len(pair.get("baseline", pair["chosen"])) for pair in some], device=device)
+    per_epoch, tokens = -(-len(train) // o.batch_size), sft_lengths(train).double().mean().item()
+    steps, factor = o.epochs * per_epoch, o.beta * tokens
+    say(show_pair(train[0], tokenizer))
+    say(f"{o.batch_size} pairs a step over {WORLD_SIZE} rank(s), {per_epoch} steps an epoch, {steps} steps planned")
+    say(f"--sft {o.sft} --eta {o.eta:g} weighs like " + (f"--sft mean --eta {o.eta * factor:.3g}" if o.sft == "sum" else
+        f"--sft sum --eta {o.eta / factor if factor else math.inf:.3g}") + f" at {tokens:.1f} tokens a response")
+    for name in ["fingerprint", *vars(o)][:17] if saved else ():  # down to seed: a run may change the flags below it
+        if (was := (saved | saved["options"])[name]) != (now := (vars(o) | {"fingerprint": data})[name]):
+            fail(f"--resume: {name} was {was} in {folder}, now it is {now}; restore it, or change --out_dir")
+
+    # the reference's log-probs: once, by the same module and dtype as the policy's; then the reference is freed
+    build = lambda path: PairLogps(load_model(path, o.attn), getattr(torch, o.dtype)).to(device)
+    reference = build(o.ref_model or o.model)
+    shared = can_share(reference.model, max(train, key=lambda pair: row_length(pair, True)), pad)
+    say("rows: one a pair, its prompt shared" if shared else "rows: one a response, shared prompts are not exact here")
+    weights = (weight.detach().cpu().numpy() for weight in reference.requires_grad_(False).parameters())
+    cache = Path(o.data, "ref_logps", f"{digest(weights)}-{data}-{o.dtype}.safetensors")
+    dist.all_reduce(known := torch.tensor(float(o.precompute_ref and cache.exists()), device=device))
+    if o.fsdp:
+        shard(reference)
+    ref_logps = load_file(cache, device=str(device)) if known == WORLD_SIZE else {
+        split: score(reference, some, o.max_tokens, pad, shared) for split, some in pairs.items()
+        if o.precompute_ref or split == "test"}
+    if o.precompute_ref and RANK == 0 and known < WORLD_SIZE:
+        cache.parent.mkdir(exist_ok=True)
+        save_file(ref_logps, f"{cache}.tmp")
+        os.rename(f"{cache}.tmp", cache)
+    reference = None if o.precompute_ref else reference
+
+    policy = build(folder or o.model).train()
+    if o.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable()
+    for layer in policy.layers if o.compile else ():
+        layer.compile(dynamic=True)
+    if o.fsdp:
+        shard(policy)
+    else:
+        policy = torch.nn.parallel.DistributedDataParallel(policy, forward_sync_buffers=False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
+    step, rows = 0, []
+    if saved:
+        load_moments(f"{folder}/optimizer.safetensors", policy, optimizer)
+        step = saved["step"]  # the steps behind it that were lost are about to be run, and logged, again
+        whole_lines = metrics_file.read_text().rpartition("\n")[0].splitlines()
+        rows = [row for row in map(json.loads, whole_lines) if row["step"] <= step]
+        say(f"resumed {folder} at step {step} of {steps}")
+    if RANK == 0:
+        metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{metrics_file}.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(f"{metrics_file}.tmp", metrics_file)
+    tracker = importlib.import_module(o.tracker) if RANK == 0 and o.tracker != "none" else None
+    if tracker:
+        tracker.init(project="rpo", name=Path(o.out_dir).name, config=vars(o))
+        atexit.register(tracker.finish)
+    def log(row):
+        rows.append({"step": step, "epoch": step / per_epoch, **row})
+        if RANK == 0:
+            with open(metrics_file, "a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        if tracker:
+            tracker.log(rows[-1], step=step)
+    def objective(some, logps, ref):
+        return rpo_loss(logps[:, :2], ref[:, :2], sft_lengths(some), beta=o.beta, eta=o.eta, sft=o.sft,
+                        baseline_logps=logps[:, 2] if logps.size(1) == 3 else None)
+    lengths, stop = [row_length(pair, shared) for pair in train], min(steps, o.max_steps or steps)
+    bar = tqdm(total=stop, initial=step, unit="step", disable=RANK > 0)
+    while True:
+        fresh = saved is None or step > saved["step"]  # a resumed checkpoint has its evaluation behind it
+        if "test" in pairs and fresh and (step % o.eval_every == 0 or step == stop):
+            logps = score(policy, pairs["test"], o.max_tokens, pad, shared)  # (N, K)
+            metrics = objective(pairs["test"], logps, ref_logps["test"])[1]
+            log({"eval/" + key: value.mean().item() for key, value in metrics.items()})
+            say(f"step {step:6d} " + " ".join(f"| {key} {metrics[key].mean():8.3f} " for key in METRICS[:10:3]))
+        if fresh and (step == stop or step and o.save_every and step % o.save_every == 0):
+            name = "final" if step == stop else f"step_{step:06d}"
+            save_checkpoint(f"{o.out_dir}/{name}", policy, tokenizer, optimizer,
+                            dict(step=step, options=vars(o), fingerprint=data))
+        if step >= stop:
+            break
+
+        # one optimizer step
+        start, (epoch, n) = time.perf_counter(), divmod(step, per_epoch)
+        batch = global_batches(len(train), o.batch_size, o.seed, epoch)[n]
+        micro = list(micro_batches(batch, lengths, o.max_tokens, RANK, WORLD_SIZE))
+        sums = torch.zeros(len(METRICS) + WORLD_SIZE, device=device, dtype=torch.float64)
+        for m, (indices, weight) in enumerate(micro, 1):
+            policy.require_backward_grad_sync = m == len(micro)  # DDP: ranks meet in the last pass only
+            if o.fsdp:
+                policy.set_requires_gradient_sync(m == len(micro))
+            inputs = collate(some := [train[i] for i in indices], pad, shared)
+            with torch.no_grad():
+                ref = reference(inputs) if reference else ref_logps["train"][indices]  # (B, K)
+            losses, metrics = objective(some, policy(inputs), ref)
+            # the mean over the global batch, however it is split: DDP and FSDP divide by the ranks, hence the factor
+            (losses.sum() * weight * WORLD_SIZE / len(batch)).backward()
+            sums[:len(METRICS)] += weight / len(batch) * torch.stack([metrics[key].sum() for key in METRICS])
+        sums[len(METRICS) + RANK] = (torch.cuda.max_memory_allocated(device) / 2**30 if cuda else
+                                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # linux counts in KiB
+        dist.all_reduce(sums)
+        means, memory = sums[:len(METRICS)].tolist(), sums[len(METRICS):].max().item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip or math.inf).item()
+        if not math.isfinite(means[0] + grad_norm):
+            fail(f"step {step + 1}: loss {means[0]}, gradient norm {grad_norm}; kept {newest_checkpoint(o.out_dir)[0]}")
+        if step == 0 and not o.ref_model and abs(means[1] - math.log(2)) > (1e-3 if o.dtype == "float32" else 0.05):
+            fail(f"loss/dpo starts at {means[1]:.4f}, not at log 2: policy and reference disagree before any training")
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, o)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        log({"lr": lr, **dict(zip(METRICS, means)), "grad_norm": grad_norm, "tokens_per_second":
+             sum(lengths[i] for i in batch) / (time.perf_counter() - start), "peak_memory_gib": memory})
+        bar.update()
+        bar.set_postfix_str(f"loss {means[0]:.3f}, margin {means[5]:.2f}, chosen vs ref {means[9]:+.2f}")
+    bar.close()
+    ends = [row for row in rows if "eval/loss" in row] or rows
+    for key in ends[0] if ends else ():
+        say(f"{key:28s}{ends[0][key]:12.4f} at step {ends[0]['step']}{ends[-1][key]:12.4f} at step {ends[-1]['step']}")
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main()
