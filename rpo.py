@@ -487,8 +487,8 @@ def main():
         step += 1
         log({"lr": lr, **dict(zip(METRICS, means)), "grad_norm": grad_norm, "tokens_per_second":
              sum(lengths[i] for i in batch) / (time.perf_counter() - start), "peak_memory_gib": memory})
+        bar.set_postfix_str(f"loss {means[0]:.3f}, margin {means[5]:.2f}, chosen vs ref {means[9]:+.2f}", refresh=False)
         bar.update()
-        bar.set_postfix_str(f"loss {means[0]:.3f}, margin {means[5]:.2f}, chosen vs ref {means[9]:+.2f}")
     bar.close()
     ends = [row for row in rows if "eval/loss" in row] or rows
     for key in ends[0] if ends else ():
