@@ -139,7 +139,7 @@ def test_accuracy_of_a_tie_and_huge_margins():
 def test_loss_refuses_other_forms_and_detaches():
     """A misspelt form must not train something; metrics must not keep the graph of a step alive."""
     policy, ref, lengths, _ = random_logps(6)
-    with pytest.raises(ValueError):
+    with pytest.raises(KeyError):
         rpo.rpo_loss(policy, ref, lengths, beta=0.1, eta=1, sft="average")
     losses, metrics = rpo.rpo_loss(policy.requires_grad_(), ref, lengths, beta=0.1, eta=1)
     assert losses.requires_grad and not any(value.requires_grad for value in metrics.values())
