@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
@@ -310,8 +311,7 @@ def can_share(model, pair, pad_token_id):
         fail(f"{type(model).__name__} is not supported: its log-probs are {own[0].tolist()}, not {two[0].tolist()}")
     return near(one, two, 2e-5)  # rounding: 3e-6 at most; wrong masks: mostly above 1e-4
 
-def digest(arrays):
-    """Names data and weights by their content."""
+def digest(arrays):  # names data and weights by their content
     parts = [hashlib.sha256(np.ascontiguousarray(array)).digest() for array in arrays]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -416,7 +416,7 @@ def main():
     if o.fsdp:
         shard(policy)
     else:
-        policy = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)
+        policy = DDP(policy, gradient_as_bucket_view=True, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
     step, rows = 0, []
     if saved:
