@@ -332,7 +332,7 @@ def plot(args):
             if key in panels:
                 axes[key].plot(steps, mean, color=colors[k % 7], linestyle=styles[k % 4], label=setting)
                 axes[key].fill_between(steps, mean - sd, mean + sd, color=colors[k % 7], alpha=0.15, linewidth=0)
-                axes[key].set(xlabel="step", title=COLUMNS[key])
+                axes[key].set(xlabel="step", title=COLUMNS[key] + {"gold": " of samples"}.get(key, ", nats"))
         table.append([setting, max(map(len, curves.values())), *(ends.get(key, "-") for key in COLUMNS)])
     axes[panels[0]].legend(frameon=False)
     figure.savefig(args.out, dpi=200)
