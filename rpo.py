@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS, causal_mask_function
 
 SIDES = ("chosen", "rejected", "baseline")  # baseline is optional: what SFT imitates in place of the chosen response
 METRICS = ("loss", "loss/dpo", "loss/sft", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -234,8 +234,7 @@ def share_prompts(build_mask):
         shared = dict(mask_function=rule, allow_is_causal_skip=False) if SHARED_ROWS else {}
         return build_mask(*args, **dict(mask_function=mask_function) | kwargs | shared)
     return build
-for name in ("sdpa", "eager", "flex_attention"):
-    ALL_MASK_ATTENTION_FUNCTIONS[name] = share_prompts(ALL_MASK_ATTENTION_FUNCTIONS[name])
+MASKS.update({name: share_prompts(MASKS[name]) for name in ("sdpa", "eager", "flex_attention")})
 
 class PairLogps(torch.nn.Module):
     """forward(batch) -> (B, K) summed log-probs [chosen, rejected(, baseline)], float32; what DDP and FSDP wrap."""
@@ -262,9 +261,10 @@ class PairLogps(torch.nn.Module):
             finally:
                 SHARED_ROWS.clear()
             # only response positions meet the vocabulary, in chunks recomputed in backward: (R, T, V) never exists
-            hidden, n = hidden[batch["row"], batch["place"]], max(1, 2**24 // self.config.vocab_size)  # (N, D)
-            logps = torch.cat([torch.utils.checkpoint.checkpoint(self.token_logps, h, target, use_reentrant=False)
-                               for h, target in zip(hidden.split(n), batch["target"].split(n))])  # (N,)
+            hidden, target = hidden[batch["row"], batch["place"]], batch["target"]  # (N, D), (N,)
+            n = max(1, 2**(24 if hidden.is_cuda else 22) // self.config.vocab_size)
+            logps = torch.cat([torch.utils.checkpoint.checkpoint(self.token_logps, *some, use_reentrant=False)
+                               for some in zip(hidden.split(n), target.split(n))])  # (N,)
         return logps.new_zeros(batch["logps"].shape).index_put((batch["pair"], batch["side"]), logps, accumulate=True)
 
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
@@ -490,8 +490,8 @@ def main():
         bar.set_postfix_str(f"loss {means[0]:.3f}, margin {means[5]:.2f}, chosen vs ref {means[9]:+.2f}", refresh=False)
         bar.update()
     bar.close()
-    ends = [row for row in rows if "eval/loss" in row] or rows
-    for key in ends[0] if ends else ():
+    ends = [row for row in rows if "eval/loss" in row] or rows or [{}]
+    for key in ends[0]:
         say(f"{key:28s}{ends[0][key]:12.4f} at step {ends[0]['step']}{ends[-1][key]:12.4f} at step {ends[-1]['step']}")
     dist.destroy_process_group()
 
