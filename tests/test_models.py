@@ -245,7 +245,7 @@ def test_nothing_of_a_shared_row_outlives_its_forward():
     assert torch.equal(plain(model, pairs)[0], before)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the head: chunks of 2**24 // V positions
+# the head: chunks of 2**22 // V positions
 
 @pytest.mark.parametrize("name, sizes", [
     ("llama", dict(tie_word_embeddings=False)), ("llama", dict(tie_word_embeddings=True)),
@@ -257,7 +257,7 @@ def test_head_in_chunks_equals_full_logits(name, sizes, chunk):
     model_type, given, *dtype = CONFIGS[name]
     model, pairs = make(model_type, given | sizes, *dtype), some_pairs()
     by_hand = plain(model, pairs, "mean")
-    model.config.vocab_size = 2**24 // chunk  # what the length of a chunk is computed from, and nothing else here
+    model.config.vocab_size = 2**22 // chunk  # what the length of a chunk is computed from, and nothing else here
     assert_close(by_hand, ours(model, pairs, True, "mean"), **(SINGLE if dtype else DOUBLE))
 
 WORDS = 2**19  # 32 positions a chunk
@@ -281,7 +281,7 @@ def test_logits_of_all_positions_never_exist(shared):
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
         return tensor
-    chunk = 2**24  # elements of the logits of one chunk
+    chunk = 2**22  # elements of the logits of one chunk
     assert batch["input_ids"].numel() * WORDS > 2 * chunk and batch["target"].numel() * WORDS > 2 * chunk
     with Largest() as largest:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
