@@ -629,6 +629,17 @@ def test_splits_and_memory_savers_change_nothing(world, whole, tmp_path, flags, 
     passes = sum(map(len, steps))  # two layers each, twice if recomputed; some more in the check at the start
     assert ("--gradient_checkpointing" in flags) == (calls.count(True) > 2 * passes + 10)
 
+def test_tracker_gets_the_rows_of_metrics(world, tmp_path, monkeypatch):
+    """A tracker, here a stand-in with the same three calls, is told the run's name and every row with its step."""
+    (tmp_path / "trackio.py").write_text("import atexit\ncalls = []\ninit = lambda **how: calls.append(how)\n"
+                                         "log = lambda row, step: calls.append((row, step))\nfinish = lambda: None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = run(*command(world, tmp_path / "run", "--max_steps", 2, "--tracker", "trackio"))
+    import trackio
+    start, *logged = trackio.calls
+    assert (start["project"], start["name"], start["config"]["eta"]) == ("rpo", "run", 0.5)
+    assert logged == [(row, row["step"]) for row in rows] and [step for _, step in logged] == [0, 1, 2, 2]
+
 def test_metrics_rows(world, whole):
     """Every key of the contract in every row, at every step, and means over whole splits, by plain log-probs."""
     rows = read_rows(whole)
