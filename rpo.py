@@ -11,14 +11,13 @@ chosen and y_l the rejected response, log-probs summed over a response's tokens,
     --sft sum    -log sigmoid(beta h) + eta beta (-log pi(y_w|x))            Algorithm 2 of the paper
     --sft mean   -log sigmoid(beta h) + eta      (-log pi(y_w|x) / |y_w|)    Appendix F
 averaged over the pairs of a step, all ranks together (tests/test_theory.py shows where the SFT term comes from).
-The way of a pair: tokenize_pair, global_batches, micro_batches, collate, PairLogps, rpo_loss, one all-reduce a step.
+The way of a pair: tokenize_pair, global_batches, micro_batches, collate, PairLogps, rpo_loss.
 """
 import argparse, atexit, collections, hashlib, importlib.util, json, math, os, resource, shutil, sys, time
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
+import torch, torch.distributed as dist, torch.nn.functional as F
 from jinja2 import TemplateError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
@@ -29,9 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS, causal_mask_function
 
 SIDES = ("chosen", "rejected", "baseline")  # baseline is optional: what SFT imitates in place of the chosen response
-METRICS = ("loss", "loss/dpo", "loss/sft", "rewards/chosen", "rewards/rejected", "rewards/margins",
-           "rewards/accuracies", "logps/chosen", "logps/rejected", "logps/chosen_vs_ref", "logps/rejected_vs_ref",
-           "nll_per_token")
+METRICS = ("loss loss/dpo loss/sft rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen "
+           "logps/rejected logps/chosen_vs_ref logps/rejected_vs_ref nll_per_token").split()
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 say = tqdm.write if RANK == 0 else lambda message: None
 PAPER = dict(beta=0.01, eta=0.005, sft="sum", learning_rate=5e-7, lr_scheduler="cosine", warmup_ratio=0.1, epochs=1,
@@ -46,8 +44,7 @@ def parse_options(argv=None):
     def add(name, default, text, **how):
         how |= dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
         parser.add_argument("--" + name, default=default, help=f"{text} (default: {default})", **how)
-    # what a resumed run must not change
-    add("model", "data/toy/model", "policy at the start: Hugging Face folder or hub name")
+    add("model", "data/toy/model", "policy at the start: Hugging Face folder or hub name")  # a resumed run keeps these
     add("ref_model", "", "reference policy: folder or hub name; empty: --model as it is before training")
     add("beta", 0.1, "strength of the pull to the reference; 0 with --sft mean: SFT only")
     add("eta", 0.5, "weight of the SFT term; 0: DPO")
@@ -63,12 +60,11 @@ def parse_options(argv=None):
     add("grad_clip", 1.0, "largest gradient norm; 0: no clipping")
     add("dtype", "float32", "bfloat16: computed so, weights kept in float32", choices=("float32", "bfloat16"))
     add("seed", 42, "of the order of pairs, the only random draw in training")
-    # what it may change
-    add("data", "data/toy", "folder with train.jsonl and, if there is to be evaluation, test.jsonl")
+    add("data", "data/toy", "folder with train.jsonl and, if it is to be evaluated, test.jsonl")  # and may change these
     add("out_dir", "out/toy-rpo", "folder of this run: metrics.jsonl, step_000100/, final/; with --recipe out/RECIPE")
     add("max_tokens", 8192, "tokens of a micro-batch of one rank, padding included: sets the memory")
     add("max_steps", 0, "stop after this many steps, on the schedule of all epochs; 0: do not stop early")
-    add("attn", "sdpa", "attention code", choices=("sdpa", "eager", "flex_attention"))
+    add("attn", "sdpa", "attention code", choices=("sdpa", "eager", *["flex_attention"] * torch.cuda.is_available()))
     add("compile", False, "torch.compile of each decoder layer: slow to start, then faster on a GPU")
     add("fsdp", False, "shard weights, gradients and optimizer over the ranks (FSDP2); else each has all (DDP)")
     add("gradient_checkpointing", False, "recompute activations in backward: less memory, a third more time")
@@ -81,12 +77,8 @@ def parse_options(argv=None):
     if recipe := parser.parse_args(argv).recipe:
         parser.set_defaults(out_dir=f"out/{recipe}", **RECIPES[recipe])
     o = parser.parse_args(argv)
-    if o.batch_size < WORLD_SIZE:
-        fail(f"--batch_size {o.batch_size} is below the number of ranks, {WORLD_SIZE}: every rank needs a pair a step")
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
         fail("with --beta 0 this loss is a constant; SFT alone is --beta 0 --sft mean --eta 1")
-    if o.attn == "flex_attention" and not torch.cuda.is_available():
-        fail("--attn flex_attention has no backward pass on a CPU: use sdpa")
     if o.tracker != "none" and not importlib.util.find_spec(o.tracker):
         fail(f"--tracker {o.tracker}: pip install {o.tracker} first")
     return o
@@ -106,8 +98,8 @@ def load(auto_class, path, **kwargs):
 def load_model(path, attn="sdpa"):
     """A causal language model with float32 weights and no dropout, which would make the log-ratio a random number."""
     config = load(AutoConfig, path)
-    for name in [name for name in vars(config) if "dropout" in name or name.endswith("pdrop")]:
-        setattr(config, name, 0.0)  # not model.eval(), which also turns gradient checkpointing off
+    # not model.eval(), which also turns gradient checkpointing off
+    config.update({name: 0.0 for name in vars(config) if "dropout" in name or name.endswith("pdrop")})
     return load(AutoModelForCausalLM, path, config=config, dtype=torch.float32, attn_implementation=attn)
 
 def text_of(prompt, response, tokenizer):
@@ -134,8 +126,6 @@ def tokenize_pair(record, tokenizer, max_length=0, max_prompt_length=0):
     each response with its one end-of-turn token; or the reason (str) to drop it. Raises on what is no such record."""
     prompt, raw, bos = record["prompt"], isinstance(record["prompt"], str), tokenizer.bos_token_id
     responses = {side: record[side] for side in SIDES if side != "baseline" or record.get(side)}
-    if not raw and not tokenizer.chat_template:
-        raise ValueError(f"messages need a chat template, and the tokenizer {tokenizer.name_or_path} has none")
     if not all((response if raw else response[-1]["content"]).strip() for response in responses.values()):
         return "empty response"
     try:
@@ -163,14 +153,13 @@ def load_pairs(path, tokenizer, max_length=0, max_prompt_length=0):
     if not os.path.isfile(path):
         fail(f"no file {path}; python prepare_data.py makes the toy world, python prepare_data.py SOURCE other data")
     pairs, counts = [], collections.Counter()
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(tqdm(file, f"tokenize {path}", unit="pair", leave=False, disable=RANK > 0), 1):
-            try:
-                pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                fail(f"{path} line {number} is no pair of prompt, chosen, rejected: {type(error).__name__} {error}")
-            counts[f"dropped: {pair}" if isinstance(pair, str) else "prompts cut" if "cut" in pair else "whole"] += 1
-            pairs += [{key: np.array(ids, np.int32) for key, ids in pair.items()}] if isinstance(pair, dict) else []
+    for number, line in enumerate(tqdm(open(path, encoding="utf-8"), f"tokenize {path}", disable=RANK > 0), 1):
+        try:
+            pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            fail(f"{path} line {number} is no pair of prompt, chosen, rejected: {type(error).__name__} {error}")
+        counts[f"dropped: {pair}" if isinstance(pair, str) else "prompts cut" if "cut" in pair else "whole"] += 1
+        pairs += [{key: np.array(ids, np.int32) for key, ids in pair.items()}] if isinstance(pair, dict) else []
     if not pairs:
         fail(f"{path} has no pair to train on ({dict(counts) or 'it is empty'})")
     if any("baseline" in pair for pair in pairs):  # then every pair has one: its chosen response where none is given
@@ -202,10 +191,9 @@ def row_length(pair, shared):
     return prompt + sum(responses) if shared else len(responses) * (prompt + max(responses))
 
 def collate(pairs, pad_token_id, shared=True):
-    """B pairs of K responses (2, or 3 with baselines) -> tensors, in R rows of T tokens: the prompt and then all its
-    responses if shared, else the prompt and one of them. input_ids, attention_mask (R, T); position_ids (R, T): each
-    response goes on from the prompt; branch (R, T): 0 prompt, 1 chosen, 2 rejected, 3 baseline, -1 padding.
-    Of the N response tokens, all (N,): target; row, place that predict it; pair, side it is of."""
+    """B pairs of K = 2 or 3 responses -> tensors, in R rows of T tokens: a prompt and all responses if shared, or one.
+    (R, T): input_ids, attention_mask; position_ids, each response goes on from the prompt; branch, 0 prompt, 1 chosen,
+    2 rejected, 3 baseline, -1 padding. (N,), of all response tokens: target; row, place predicting it; pair, side."""
     rows, sides = [], [side for side in SIDES if side in pairs[0]]
     for b, pair in enumerate(pairs):
         for some in [range(len(sides))] if shared else [[k] for k in range(len(sides))]:
@@ -236,35 +224,56 @@ def share_prompts(build_mask):
     return build
 MASKS.update({name: share_prompts(MASKS[name]) for name in ("sdpa", "eager", "flex_attention")})
 
+class TokenLogps(torch.autograd.Function):
+    """hidden (N, D), weight (V, D), target (N,) -> log softmax(cap(hidden @ weight.T))[target] (N,), float32. Logits
+    are of n positions at a time, and computed again in backward: no (R, T, V) exists; the weight has one gradient."""
+    @staticmethod
+    def chunks(hidden, weight, target, cap, n):
+        buffer = hidden.new_empty(n, len(weight))  # one for all chunks: on a CPU new memory comes page by page, zeroed
+        for h, y in zip(hidden.split(n), target.split(n)):
+            logits = torch.mm(h, weight.T, out=buffer[:len(h)])  # (n, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -300 bfloat16 steps by 2 nats
+            yield h, y, cap * torch.tanh(logits / cap) if cap else logits
+    @staticmethod
+    def forward(ctx, hidden, weight, target, cap, n):
+        ctx.save_for_backward(hidden, weight, target)
+        ctx.cap, ctx.n = cap, n
+        return -torch.cat([F.cross_entropy(logits, y, reduction="none")
+                           for _, y, logits in TokenLogps.chunks(hidden, weight, target, cap, n)])
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, target = ctx.saved_tensors
+        d_hidden, d_weight = [], torch.zeros_like(weight, dtype=grad.dtype)
+        chunks = TokenLogps.chunks(hidden, weight, target, ctx.cap, ctx.n)
+        for (h, y, logits), g in zip(chunks, grad[:, None].split(ctx.n)):
+            d_logits = logits.softmax(-1).mul_(-g).scatter_add_(1, y[:, None], g)  # d logp_y / d logits = onehot(y) - p
+            d_logits = (d_logits * (1 - (logits / ctx.cap)**2) if ctx.cap else d_logits).to(h.dtype)
+            d_hidden.append(d_logits @ weight)
+            d_weight = d_weight.addmm_(d_logits.T, h) if h.dtype == grad.dtype else d_weight.add_(d_logits.T @ h)
+        return torch.cat(d_hidden), d_weight, None, None, None
+
 class PairLogps(torch.nn.Module):
     """forward(batch) -> (B, K) summed log-probs [chosen, rejected(, baseline)], float32; what DDP and FSDP wrap."""
     def __init__(self, model, dtype=torch.float32):
         super().__init__()
         self.model, self.dtype, self.config = model, dtype, model.config.get_text_config()
         self.layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-
-    def token_logps(self, hidden, target):
-        of = lambda name: getattr(self.config, name, None)
-        logits = self.model.get_output_embeddings()(hidden * ((of("logit_scale") or 1) / (of("logits_scaling") or 1)))
-        if cap := of("final_logit_softcapping"):
-            logits = cap * torch.tanh(logits / cap)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -300 bfloat16 steps by 2 nats
-        return -torch.nn.functional.cross_entropy(logits, target, reduction="none")  # (n,)
-
     def forward(self, batch):
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
             try:
                 SHARED_ROWS.update({name: batch[name] for name in ("position_ids", "branch") if name in batch})
-                hidden = self.model.base_model(**inputs, use_cache=False)[0]  # (R, T, D)
+                hidden = getattr(self.model, "model", self.model.base_model)(**inputs, use_cache=False)[0]  # (R, T, D)
             finally:
                 SHARED_ROWS.clear()
-            # only response positions meet the vocabulary, in chunks recomputed in backward: (R, T, V) never exists
-            hidden, target = hidden[batch["row"], batch["place"]], batch["target"]  # (N, D), (N,)
-            n = max(1, 2**(24 if hidden.is_cuda else 22) // self.config.vocab_size)
-            logps = torch.cat([torch.utils.checkpoint.checkpoint(self.token_logps, *some, use_reentrant=False)
-                               for some in zip(hidden.split(n), target.split(n))])  # (N,)
+        of, head = lambda name: getattr(self.config, name, None), self.model.get_output_embeddings()
+        dtype, weight = hidden.dtype if self.dtype == torch.float32 else self.dtype, head.weight  # (V, D)
+        hidden = hidden[batch["row"], batch["place"]] * (of("logit_scale") or 1) / (of("logits_scaling") or 1)  # (N, D)
+        if getattr(head, "bias", None) is not None:  # is one more column
+            hidden, weight = F.pad(hidden, (0, 1), value=1), torch.cat([weight, head.bias[:, None]], 1)
+        n = max(1, 2**(24 if hidden.is_cuda else 22) // len(weight))
+        logps = TokenLogps.apply(hidden.to(dtype), weight.to(dtype), batch["target"], of("final_logit_softcapping"), n)
         return logps.new_zeros(batch["logps"].shape).index_put((batch["pair"], batch["side"]), logps, accumulate=True)
 
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
@@ -274,7 +283,7 @@ def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", b
     logratios = policy_logps - ref_logps  # (B, 2)
     h = logratios[:, 0] - logratios[:, 1]  # (B,)
     nll = -(policy_logps[:, 0] if baseline_logps is None else baseline_logps)  # (B,)
-    dpo_losses = -torch.nn.functional.logsigmoid(beta * h)  # Bradley-Terry, with beta log(pi/ref) as the reward
+    dpo_losses = -F.logsigmoid(beta * h)  # Bradley-Terry, with beta log(pi/ref) as the reward
     sft_losses = {"sum": eta * beta * nll, "mean": eta * nll / chosen_lengths}[sft]  # Algorithm 2, Appendix F
     losses, rewards = dpo_losses + sft_losses, beta * logratios
     correct = (h > 0) + 0.5 * (h == 0)  # a tie counts half: an untouched policy shows 0.5
@@ -312,14 +321,14 @@ def can_share(model, pair, pad_token_id):
     return near(one, two, 2e-5)  # rounding: 3e-6 at most; wrong masks: mostly above 1e-4
 
 def digest(arrays):  # names data and weights by their content
-    parts = [hashlib.sha256(np.ascontiguousarray(array)).digest() for array in arrays]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(hashlib.sha256(np.ascontiguousarray(a)).digest() for a in arrays)).hexdigest()[:16]
 
 def shard(module):
     """FSDP2: weights, gradients and moments in float32 shards; each layer gathers its weights, computing in dtype."""
     for part in (*module.layers, module):
         fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=module.dtype, reduce_dtype=torch.float32))
     module.dtype = torch.float32  # no autocast on top
+    return module
 
 def learning_rate(step, steps, o):
     """Of step 0, 1, ...: a linear rise, then --lr_scheduler, which reaches 0 at the end of the planned steps."""
@@ -357,9 +366,8 @@ def load_moments(path, policy, optimizer):
     dcp.set_optimizer_state_dict(policy, optimizer, moments, options=FULL)
 
 def newest_checkpoint(out_dir):
-    """(folder, trainer state) of the complete checkpoint with the most steps, or (None, None)."""
-    paths = [path for path in Path(out_dir).glob("*/trainer_state.json") if path.parent.suffix != ".tmp"]
-    found = [(str(path.parent), json.loads(path.read_text())) for path in paths]
+    """(folder, trainer state) of the complete checkpoint, not *.tmp, with the most steps, or (None, None)."""
+    found = [(str(p.parent), json.loads(p.read_text())) for p in Path(out_dir).glob("*[!p]/trainer_state.json")]
     return max(found, key=lambda each: each[1]["step"], default=(None, None))
 
 def main():
@@ -398,8 +406,7 @@ def main():
     weights = (weight.detach().cpu().numpy() for weight in reference.requires_grad_(False).parameters())
     cache = Path(o.data, "ref_logps", f"{digest(weights)}-{of(*pairs)}-{o.dtype}.safetensors")
     dist.all_reduce(known := torch.tensor(float(o.precompute_ref and cache.exists()), device=device))
-    if o.fsdp:
-        shard(reference)
+    reference = shard(reference) if o.fsdp else reference
     ref_logps = load_file(cache, device=str(device)) if known == WORLD_SIZE else {
         split: score(reference, some, o.max_tokens, pad, shared) for split, some in pairs.items()
         if o.precompute_ref or split == "test"}
@@ -413,10 +420,7 @@ def main():
         policy.model.activation_checkpointing_enable()
     for layer in policy.layers if o.compile else ():
         layer.compile(dynamic=True)
-    if o.fsdp:
-        shard(policy)
-    else:
-        policy = DDP(policy, gradient_as_bucket_view=True, find_unused_parameters=True)
+    policy = shard(policy) if o.fsdp else DDP(policy, gradient_as_bucket_view=True, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
     step, rows = 0, []
     if saved:
@@ -442,6 +446,7 @@ def main():
     def objective(some, logps, ref):
         return rpo_loss(logps[:, :2], ref[:, :2], sft_lengths(some), beta=o.beta, eta=o.eta, sft=o.sft,
                         baseline_logps=logps[:, 2] if logps.size(1) == 3 else None)
+    sync = policy.set_requires_gradient_sync if o.fsdp else lambda on: setattr(policy, "require_backward_grad_sync", on)
     lengths, stop = [row_length(pair, shared) for pair in train], min(steps, o.max_steps or steps)
     bar = tqdm(total=stop, initial=step, unit="step", disable=RANK > 0)
     while True:
@@ -456,18 +461,14 @@ def main():
                             optimizer, dict(step=step, options=vars(o), fingerprint=data))
         if step >= stop:
             break
-        # one optimizer step
         start, (epoch, n) = time.perf_counter(), divmod(step, per_epoch)
         batch = global_batches(len(train), o.batch_size, o.seed, epoch)[n]
         micro = list(micro_batches(batch, lengths, o.max_tokens, RANK, WORLD_SIZE))
         sums = torch.zeros(len(METRICS) + WORLD_SIZE, device=device, dtype=torch.float64)
         for m, (indices, weight) in enumerate(micro, 1):
-            policy.require_backward_grad_sync = m == len(micro)  # DDP: ranks meet in the last pass only
-            if o.fsdp:
-                policy.set_requires_gradient_sync(m == len(micro))
+            sync(m == len(micro))  # ranks meet in the last pass only
             inputs = collate(some := [train[i] for i in indices], pad, shared)
-            with torch.no_grad():
-                ref = reference(inputs) if reference else ref_logps["train"][indices]  # (B, K)
+            ref = reference(inputs) if reference else ref_logps["train"][indices]  # (B, K)
             losses, metrics = objective(some, policy(inputs), ref)
             # the mean over the global batch, however it is split: DDP and FSDP divide by the ranks, hence the factor
             (losses.sum() * weight * WORLD_SIZE / len(batch)).backward()
@@ -489,7 +490,6 @@ def main():
              sum(lengths[i] for i in batch) / (time.perf_counter() - start), "peak_memory_gib": memory})
         bar.set_postfix_str(f"loss {means[0]:.3f}, margin {means[5]:.2f}, chosen vs ref {means[9]:+.2f}", refresh=False)
         bar.update()
-    bar.close()
     ends = [row for row in rows if "eval/loss" in row] or rows or [{}]
     for key in ends[0]:
         say(f"{key:28s}{ends[0][key]:12.4f} at step {ends[0]['step']}{ends[-1][key]:12.4f} at step {ends[-1]['step']}")
