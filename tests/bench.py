@@ -71,7 +71,7 @@ def parse_options(argv=None):
     add("--pairs", type=int, default=8, help="pairs of an optimizer step (default: %(default)s, TRL's own default)")
     add("--steps", type=int, default=4, help="timed steps, after one that is not (default: %(default)s)")
     add("--repeats", type=int, default=1, help="times that all is run (default: %(default)s)")
-    add("--max_tokens", type=int, default=2048, help="rpo.py's token budget of a micro-batch (default: %(default)s)")
+    add("--max_tokens", type=int, default=1024, help="rpo.py's token budget of a micro-batch (default: %(default)s)")
     add("--device", default="", help="cpu or cuda (default: cuda if there is one)")
     add("--dtype", default="", choices=("", "float32", "bfloat16"), help="bfloat16: autocast (default: float32 on a "
         "CPU, bfloat16 on a GPU)")
@@ -98,19 +98,21 @@ def draw_pairs(profile, number, vocab, seed):
 
 def flops(batch, sizes):
     """
-    Model FLOPs of a step over this batch, forward and backward, by layout. A multiplication and an addition are 2, the
-    backward pass is twice the forward pass. With W weights in the layers' matrices, D the width, L layers, V words:
+    Model FLOPs of a step over this batch, forward and backward, by layout ("head": padded rows, logits of responses).
+    A multiplication and an addition are 2, the backward pass is twice the forward pass. With W weights in the layers'
+    matrices, D the width, L layers, V words:
         2 W a token + 4 L D a (query, key) pair that the causal mask admits + 2 D V a position scored
     """
     L, D, H, _, V = sizes
     W = L * (4 * D * D + 3 * D * H)
     cost = lambda tokens, seen, scored: 3 * (2 * W * tokens + 4 * L * D * seen + 2 * D * V * scored)
     triangle = lambda n: n * (n + 1) // 2
-    total = dict.fromkeys(("padded", "separate", "shared"), 0)
+    total = dict.fromkeys(("padded", "head", "separate", "shared"), 0)
     longest = max(len(p["prompt"]) + len(p[side]) for p in batch for side in ("chosen", "rejected"))
     for pair in batch:
         P, *answers = (len(pair[key]) for key in ("prompt", "chosen", "rejected"))
         total["padded"] += 2 * cost(longest, triangle(longest), longest)
+        total["head"] += 2 * cost(longest, triangle(longest), 0) + cost(0, 0, sum(answers))
         total["separate"] += sum(cost(P + n, triangle(P + n), n) for n in answers)
         total["shared"] += cost(P + sum(answers), triangle(P) + sum(P * n + triangle(n) for n in answers), sum(answers))
     return total
@@ -332,9 +334,11 @@ def report(o, profile, found):
               f"{o.pairs * len(tokens) / seconds:8.2f} {memory[name] / 1e9:6.2f} {memory[name] / memory[base]:6.2f}")
     total = {key: sum(w[key] for w in work) / (o.pairs * len(work)) for key in work[0]}
     giga = {key: flop / 1e9 for key, flop in total.items()}
-    print(f"model GFLOP a pair, forward and backward: {giga['padded']:.1f} in TRL's padded rows with logits of all "
-          f"positions,\n{giga['separate']:.1f} in separate rows without padding, {giga['shared']:.1f} on a shared "
-          f"prompt: floors of {giga['padded'] / giga['shared']:.2f}x and {giga['separate'] / giga['shared']:.2f}x")
+    print(f"model GFLOP a pair, forward and backward, on a shared prompt: {giga['shared']:.1f}; at equal FLOP/s")
+    for key, text in (("padded", "TRL's padded rows, logits of all positions"),
+                      ("head", "TRL's padded rows, logits of the responses only"),
+                      ("separate", "separate rows without padding, logits of the responses only")):
+        print(f"  {giga[key] / giga['shared']:.2f}x, {giga[key]:.1f} GFLOP: {text}")
     rates = {name: sum(w["shared"] for w in work) / sum(wall[name]) / 1e12 for name in found}
     unit = 1 / o.peak_tflops if o.device == "cuda" else 1
     label = "those of the shared prompt"

@@ -995,6 +995,23 @@ def test_ranks_change_nothing(world, whole, tmp_path, ranks):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "fsdp/final").dtype == torch.float32
     assert len(list((tmp_path / "data/ref_logps").iterdir())) == 1
 
+def test_fsdp_in_bfloat16(world, whole, tmp_path):
+    """Two ranks compute in bfloat16 on shards in float32: losses near those of float32, and steps far below a bfloat16
+    weight's own rounding arrive; the reference on the fly goes the same way."""
+    flags = ("--fsdp", "--dtype", "bfloat16", "--learning_rate", 1e-5)
+    done = launch(2, tmp_path, command(world, tmp_path / "half", *flags),
+                  command(world, tmp_path / "fly", *flags, "--no-precompute_ref"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    start, full = load_file(f"{world.model}/model.safetensors"), read_rows(whole)[1]
+    for name in ("half", "fly"):
+        row, weights = read_rows(tmp_path / name)[1], load_file(tmp_path / name / "final/model.safetensors")
+        assert row["loss"] == pytest.approx(full["loss"], rel=0.02) and row["loss"] != full["loss"]
+        assert row["loss/dpo"] == pytest.approx(math.log(2), abs=1e-3)  # the reference is computed as the policy is
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+        moved = {key: (weights[key] - start[key]).abs() for key in start}
+        assert all(0 < tensor.max() < 1e-4 for tensor in moved.values())
+        assert all((tensor > 0).float().mean() > 0.5 for tensor in moved.values())
+
 def test_a_rank_that_fails_ends_the_run(world, tmp_path):
     """What only rank 1 sees, its data missing, is said, and rank 0 does not wait for it until a time-out."""
     shutil.copytree(world.data, tmp_path / "data0")
