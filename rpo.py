@@ -44,7 +44,7 @@ def parse_options(argv=None):
     def add(name, default, text, **how):
         how |= dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
         parser.add_argument("--" + name, default=default, help=f"{text} (default: {default})", **how)
-    add("model", "data/toy/model", "policy at the start: Hugging Face folder or hub name")  # a resumed run keeps these
+    add("model", "data/toy/model", "policy at the start: Hugging Face folder or hub name")  # --resume keeps all to seed
     add("ref_model", "", "reference policy: folder or hub name; empty: --model as it is before training")
     add("beta", 0.1, "strength of the pull to the reference; 0 with --sft mean: SFT only")
     add("eta", 0.5, "weight of the SFT term; 0: DPO")
