@@ -379,7 +379,6 @@ def main():
     if not o.resume and (saved or metrics_file.exists()):
         fail(f"{o.out_dir} holds a run: continue it with --resume, or choose another --out_dir")
 
-    # the pairs, and what to look at before believing a run
     tokenizer, pairs = load(AutoTokenizer, o.model), {}
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked, never scored
     for split in ("train", "test") if o.eval_every and os.path.exists(f"{o.data}/test.jsonl") else ("train",):
@@ -390,7 +389,7 @@ def main():
     sft_lengths = lambda some: torch.tensor([len(pair.get("baseline", pair["chosen"])) for pair in some], device=device)
     per_epoch, tokens = -(-len(train) // o.batch_size), sft_lengths(train).double().mean().item()
     steps, factor = o.epochs * per_epoch, o.beta * tokens
-    say(show_pair(train[0], tokenizer))
+    say(show_pair(train[0], tokenizer))  # to be looked at before believing a run
     say(f"{o.batch_size} pairs a step over {WORLD_SIZE} rank(s), {per_epoch} steps an epoch, {steps} steps planned")
     say(f"--sft {o.sft} --eta {o.eta:g} weighs like " + (f"--sft mean --eta {o.eta * factor:.3g}" if o.sft == "sum" else
         f"--sft sum --eta {o.eta / factor if factor else math.inf:.3g}") + f" at {tokens:.1f} tokens a response")
@@ -490,6 +489,7 @@ def main():
              sum(lengths[i] for i in batch) / (time.perf_counter() - start), "peak_memory_gib": memory})
         bar.set_postfix_str(f"loss {means[0]:.3f}, margin {means[5]:.2f}, chosen vs ref {means[9]:+.2f}", refresh=False)
         bar.update()
+    bar.close()
     ends = [row for row in rows if "eval/loss" in row] or rows or [{}]
     for key in ends[0]:
         say(f"{key:28s}{ends[0][key]:12.4f} at step {ends[0]['step']}{ends[-1][key]:12.4f} at step {ends[-1]['step']}")
