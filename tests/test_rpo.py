@@ -997,7 +997,8 @@ def test_ranks_change_nothing(world, whole, tmp_path, ranks):
 
 def test_fsdp_in_bfloat16(world, whole, tmp_path):
     """Two ranks compute in bfloat16 on shards in float32: losses near those of float32, and steps far below a bfloat16
-    weight's own rounding arrive; the reference on the fly goes the same way."""
+    weight's own rounding arrive. A reference on the fly meets the same rows and rounds as the policy does; one computed
+    beforehand met other micro-batches."""
     flags = ("--fsdp", "--dtype", "bfloat16", "--learning_rate", 1e-5)
     done = launch(2, tmp_path, command(world, tmp_path / "half", *flags),
                   command(world, tmp_path / "fly", *flags, "--no-precompute_ref"))
@@ -1006,7 +1007,7 @@ def test_fsdp_in_bfloat16(world, whole, tmp_path):
     for name in ("half", "fly"):
         row, weights = read_rows(tmp_path / name)[1], load_file(tmp_path / name / "final/model.safetensors")
         assert row["loss"] == pytest.approx(full["loss"], rel=0.02) and row["loss"] != full["loss"]
-        assert row["loss/dpo"] == pytest.approx(math.log(2), abs=1e-3)  # the reference is computed as the policy is
+        assert row["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6 if name == "fly" else 0.05)
         assert all(tensor.dtype == torch.float32 for tensor in weights.values())
         moved = {key: (weights[key] - start[key]).abs() for key in start}
         assert all(0 < tensor.max() < 1e-4 for tensor in moved.values())
