@@ -242,10 +242,9 @@ class TokenLogps(torch.autograd.Function):
                            for _, y, logits in TokenLogps.chunks(hidden, weight, target, cap, n)])
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, target = ctx.saved_tensors
+        weight = ctx.saved_tensors[1]
         d_hidden, d_weight = [], torch.zeros_like(weight, dtype=grad.dtype)
-        chunks = TokenLogps.chunks(hidden, weight, target, ctx.cap, ctx.n)
-        for (h, y, logits), g in zip(chunks, grad[:, None].split(ctx.n)):
+        for (h, y, logits), g in zip(TokenLogps.chunks(*ctx.saved_tensors, ctx.cap, ctx.n), grad[:, None].split(ctx.n)):
             d_logits = logits.softmax(-1).mul_(-g).scatter_add_(1, y[:, None], g)  # d logp_y / d logits = onehot(y) - p
             d_logits = (d_logits * (1 - (logits / ctx.cap)**2) if ctx.cap else d_logits).to(h.dtype)
             d_hidden.append(d_logits @ weight)
@@ -311,8 +310,8 @@ def can_share(model, pair, pad_token_id):
         return logps.detach(), torch.cat([grad.flatten() for grad in grads])
     def own_logp(side):
         ids = torch.tensor(np.concatenate([pair["prompt"], pair[side]]), device=model.device).long()[None]  # (1, T)
-        labels = ids.where(torch.arange(ids.size(1), device=model.device) >= len(pair["prompt"]), -100)
-        return -len(pair[side]) * model(ids, labels=labels, use_cache=False).loss
+        logps = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)  # (T - 1, V)
+        return logps.gather(1, ids[0, 1:, None])[-len(pair[side]):].sum()
     near = lambda some, others, far: all((a - b).norm() <= far * b.norm() for a, b in zip(some, others))
     own = with_grads(torch.stack([own_logp("chosen"), own_logp("rejected")]))
     one, two = (with_grads(PairLogps(model)(collate([pair], pad_token_id, shared))[0, :2]) for shared in (True, False))
@@ -340,14 +339,13 @@ def learning_rate(step, steps, o):
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=WORLD_SIZE > 1)  # any sharding
 def save_checkpoint(path, policy, tokenizer, optimizer, state):
     """A Hugging Face folder, optimizer.safetensors, trainer_state.json: written aside, flushed, renamed, never half."""
-    weights = dcp.get_model_state_dict(policy, options=FULL)
+    model = getattr(policy, "module", policy).model
+    weights = dcp.get_model_state_dict(model, options=FULL)
     moments = dcp.get_optimizer_state_dict(policy, optimizer, options=FULL)
     if RANK == 0:
         shutil.rmtree(path + ".tmp", ignore_errors=True)
-        model = getattr(policy, "module", policy).model
-        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]  # a tied weight once
-        weights = {name: weights["model." + name] for name in names if "model." + name in weights}
-        model.save_pretrained(path + ".tmp", state_dict=weights)
+        once = dict((*model.named_parameters(), *model.named_buffers()))  # a tied weight has two names
+        model.save_pretrained(path + ".tmp", state_dict={name: weights[name] for name in once if name in weights})
         tokenizer.save_pretrained(path + ".tmp")
         moments = {f"{name}.{key}": tensor for name, of in moments["state"].items() for key, tensor in of.items()}
         save_file(moments, path + ".tmp/optimizer.safetensors")
@@ -357,13 +355,6 @@ def save_checkpoint(path, policy, tokenizer, optimizer, state):
             old = json.loads(Path(path, "trainer_state.json").read_text())["step"]
             os.rename(path, Path(path).with_name(f"step_{old:06d}"))
         os.rename(path + ".tmp", path)
-
-def load_moments(path, policy, optimizer):
-    moments = dcp.get_optimizer_state_dict(policy, optimizer, options=FULL)
-    for key, tensor in load_file(path).items() if RANK == 0 else ():
-        name, key = key.rsplit(".", 1)
-        moments["state"][name][key] = tensor
-    dcp.set_optimizer_state_dict(policy, optimizer, moments, options=FULL)
 
 def newest_checkpoint(out_dir):
     """(folder, trainer state) of the complete checkpoint, not *.tmp, with the most steps, or (None, None)."""
@@ -421,25 +412,23 @@ def main():
         layer.compile(dynamic=True)
     policy = shard(policy) if o.fsdp else DDP(policy, gradient_as_bucket_view=True, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
-    step, rows = 0, []
+    step, rows = (saved["step"], saved["log_history"]) if saved else (0, [])
     if saved:
-        load_moments(f"{folder}/optimizer.safetensors", policy, optimizer)
-        step = saved["step"]  # the steps behind it that were lost are about to be run, and logged, again
-        whole_lines = metrics_file.read_text().rpartition("\n")[0].splitlines()
-        rows = [row for row in map(json.loads, whole_lines) if row["step"] <= step]
-    if RANK == 0:
-        metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{metrics_file}.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(f"{metrics_file}.tmp", metrics_file)
+        moments = dcp.get_optimizer_state_dict(policy, optimizer, options=FULL)
+        for key, tensor in load_file(f"{folder}/optimizer.safetensors").items() if RANK == 0 else ():
+            name, _, key = key.rpartition(".")
+            moments["state"][name][key] = tensor
+        dcp.set_optimizer_state_dict(policy, optimizer, moments, options=FULL)
+    metrics_file.parent.mkdir(parents=True, exist_ok=True)
+    out = open(metrics_file if RANK == 0 else os.devnull, "w")  # steps lost behind a checkpoint will be logged again
+    out.writelines(json.dumps(row) + "\n" for row in rows)
     tracker = importlib.import_module(o.tracker) if RANK == 0 and o.tracker != "none" else None
     if tracker:
         tracker.init(project="rpo", name=Path(o.out_dir).name, config=vars(o))
         atexit.register(tracker.finish)
     def log(row):
         rows.append({"step": step, "epoch": step / per_epoch, **row})
-        if RANK == 0:
-            with open(metrics_file, "a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+        print(json.dumps(rows[-1]), file=out, flush=True)
         if tracker:
             tracker.log(rows[-1], step=step)
     def objective(some, logps, ref):
@@ -457,7 +446,7 @@ def main():
             say(f"step {step:6d} " + " ".join(f"| {key} {metrics[key].mean():8.3f} " for key in METRICS[:10:3]))
         if fresh and (step == stop or step and o.save_every and step % o.save_every == 0):
             save_checkpoint(f"{o.out_dir}/" + ("final" if step == stop else f"step_{step:06d}"), policy, tokenizer,
-                            optimizer, dict(step=step, options=vars(o), fingerprint=data))
+                            optimizer, dict(step=step, options=vars(o), fingerprint=data, log_history=rows))
         if step >= stop:
             break
         start, (epoch, n) = time.perf_counter(), divmod(step, per_epoch)

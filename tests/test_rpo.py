@@ -773,13 +773,17 @@ def test_checkpoints_are_hugging_face_folders(world, tmp_path, monkeypatch):
             assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), path
 
 def test_tied_embeddings(world, tmp_path):
-    """A tied weight is saved once, loads tied, and resumes."""
+    """A tied weight is saved once, loads tied, and resumes, sharded over two ranks too."""
     model = save_model(tmp_path / "tied", tie_word_embeddings=True)
     flags = ["--model", model, "--save_every", 0]
+    done = launch(2, tmp_path, command(world, tmp_path / "fsdp", *flags, "--fsdp", "--max_steps", 4),
+                  command(world, tmp_path / "fsdp", *flags, "--fsdp", "--resume"))
+    assert done.returncode == 0, done.stderr[-3000:]
     run(*command(world, tmp_path / "a", *flags))
     run(*command(world, tmp_path / "b", *flags, "--max_steps", 4))
     run(*command(world, tmp_path / "b", *flags, "--resume"))
     assert_same_run(tmp_path / "a", tmp_path / "b", tolerance=0)
+    assert_same_run(tmp_path / "fsdp", tmp_path / "a")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a/final")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert "lm_head.weight" not in load_file(tmp_path / "a/final/model.safetensors")
