@@ -226,30 +226,34 @@ MASKS.update({name: share_prompts(MASKS[name]) for name in ("sdpa", "eager", "fl
 
 class TokenLogps(torch.autograd.Function):
     """hidden (N, D), weight (V, D), target (N,) -> log softmax(cap(hidden @ weight.T))[target] (N,), float32. Logits
-    are of n positions at a time, and computed again in backward: no (R, T, V) exists; the weight has one gradient."""
+    are of n positions at a time, all but n computed again in backward: no (R, T, V) exists; one gradient of weight."""
     @staticmethod
-    def chunks(hidden, weight, target, cap, n):
-        buffer = hidden.new_empty(n, len(weight))  # one for all chunks: on a CPU new memory comes page by page, zeroed
-        for h, y in zip(hidden.split(n), target.split(n)):
-            logits = torch.mm(h, weight.T, out=buffer[:len(h)])  # (n, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -300 bfloat16 steps by 2 nats
-            yield h, y, cap * torch.tanh(logits / cap) if cap else logits
+    def logits(ctx, i, hidden, weight):  # (n, V) from position i on, computed unless the buffer still holds them
+        logits = ctx.buffer[:len(hidden) - i]  # one for all chunks: on a CPU new memory comes page by page, zeroed
+        if ctx.held != i:
+            torch.mm(hidden[i:i + ctx.n], weight.T, out=logits)
+        ctx.held = i
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -300 bfloat16 steps by 2 nats
+        return ctx.cap * torch.tanh(logits / ctx.cap) if ctx.cap else logits
     @staticmethod
     def forward(ctx, hidden, weight, target, cap, n):
         ctx.save_for_backward(hidden, weight, target)
-        ctx.cap, ctx.n = cap, n
-        return -torch.cat([F.cross_entropy(logits, y, reduction="none")
-                           for _, y, logits in TokenLogps.chunks(hidden, weight, target, cap, n)])
+        ctx.cap, ctx.n, ctx.held, ctx.buffer = cap, n, None, hidden.new_empty(min(n, len(hidden)), len(weight))
+        logps = [-F.cross_entropy(TokenLogps.logits(ctx, i, hidden, weight), target[i:i + n], reduction="none")
+                 for i in reversed(range(0, len(hidden), n))]  # backward begins with the chunk that is still there
+        return torch.cat(logps[::-1])
     @staticmethod
     def backward(ctx, grad):
-        weight = ctx.saved_tensors[1]
-        d_hidden, d_weight = [], torch.zeros_like(weight, dtype=grad.dtype)
-        for (h, y, logits), g in zip(TokenLogps.chunks(*ctx.saved_tensors, ctx.cap, ctx.n), grad[:, None].split(ctx.n)):
-            d_logits = logits.softmax(-1).mul_(-g).scatter_add_(1, y[:, None], g)  # d logp_y / d logits = onehot(y) - p
+        hidden, weight, target = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
+        for i in range(0, len(hidden), ctx.n):
+            h, y, g = (some[i:i + ctx.n] for some in (hidden, target[:, None], grad[:, None]))
+            logits = TokenLogps.logits(ctx, i, hidden, weight)
+            d_logits = logits.softmax(-1).mul_(-g).scatter_add_(1, y, g)  # d logp_y / d logits = onehot(y) - p
             d_logits = (d_logits * (1 - (logits / ctx.cap)**2) if ctx.cap else d_logits).to(h.dtype)
-            d_hidden.append(d_logits @ weight)
+            torch.mm(d_logits, weight, out=d_hidden[i:i + ctx.n])
             d_weight = d_weight.addmm_(d_logits.T, h) if h.dtype == grad.dtype else d_weight.add_(d_logits.T @ h)
-        return torch.cat(d_hidden), d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None
 
 class PairLogps(torch.nn.Module):
     """forward(batch) -> (B, K) summed log-probs [chosen, rejected(, baseline)], float32; what DDP and FSDP wrap."""
@@ -271,7 +275,7 @@ class PairLogps(torch.nn.Module):
         hidden = hidden[batch["row"], batch["place"]] * (of("logit_scale") or 1) / (of("logits_scaling") or 1)  # (N, D)
         if getattr(head, "bias", None) is not None:  # is one more column
             hidden, weight = F.pad(hidden, (0, 1), value=1), torch.cat([weight, head.bias[:, None]], 1)
-        n = max(1, 2**(24 if hidden.is_cuda else 22) // len(weight))
+        n = max(1, 2**(24 if hidden.is_cuda else 23) // len(weight))
         logps = TokenLogps.apply(hidden.to(dtype), weight.to(dtype), batch["target"], of("final_logit_softcapping"), n)
         return logps.new_zeros(batch["logps"].shape).index_put((batch["pair"], batch["side"]), logps, accumulate=True)
 

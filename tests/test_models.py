@@ -248,7 +248,7 @@ def test_nothing_of_a_shared_row_outlives_its_forward():
     assert torch.equal(plain(model, pairs)[0], before)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the head: chunks of 2**22 // V positions
+# the head: chunks of 2**23 // V positions on a CPU
 
 @pytest.mark.parametrize("name, sizes", [
     ("llama", dict(tie_word_embeddings=False)), ("llama", dict(tie_word_embeddings=True)),
@@ -264,7 +264,7 @@ def test_head_in_chunks_equals_full_logits(name, sizes, chunk, monkeypatch):
     monkeypatch.setattr(rpo.TokenLogps, "apply", lambda *args: apply(*args[:-1], chunk))  # for the n of the model's size
     assert_close(by_hand, ours(model, pairs, True, "mean"), **(SINGLE if dtype else DOUBLE))
 
-WORDS = 2**19  # 32 positions a chunk
+WORDS = 2**19  # 16 positions a chunk
 WIDE = HEADS | dict(vocab_size=WORDS, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                     num_key_value_heads=1)
 
@@ -285,7 +285,7 @@ def test_logits_of_all_positions_never_exist(shared):
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
         return tensor
-    chunk = 2**22  # elements of the logits of one chunk
+    chunk = 2**23  # elements of the logits of one chunk
     assert batch["input_ids"].numel() * WORDS > 2 * chunk and batch["target"].numel() * WORDS > 2 * chunk
     with Largest() as largest:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -343,6 +343,29 @@ def test_log_probs_by_chunks_equal_those_at_once(cap):
     for a, b in zip(*(torch.autograd.grad(logps @ of_loss, (hidden, weight)) for logps in (found, expected))):
         assert (a - b).abs().max() < 1e-13
     assert torch.autograd.gradcheck(lambda *some: rpo.TokenLogps.apply(*some, target, cap, 7), (hidden, weight))
+
+class Products(TorchDispatchMode):
+    """The shapes of all matrix products, in their order."""
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.shapes += [tuple(out.shape)] if func.overloadpacket is torch.ops.aten.mm else []
+        return out
+
+def test_logits_are_computed_again_but_for_one_chunk():
+    """18 positions, 7 at a time: the first 7 are still there for backward; not for a second one, nor need they be."""
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (18, 30))
+    with Products() as products:
+        logps = rpo.TokenLogps.apply(hidden, weight, torch.randint(30, (18,)), None, 7)
+    assert products.shapes == [(4, 30), (7, 30), (7, 30)]
+    for again in ([(7, 30), (4, 30)], [(7, 30), (7, 30), (4, 30)]):
+        with Products() as products:
+            grads = torch.autograd.grad(logps.sum(), (hidden, weight), retain_graph=True)
+        assert [shape for shape in products.shapes if shape[1] == 30] == again
+    first = torch.autograd.grad(logps.sum(), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(grads, first))
 
 def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32():
     """Of 512 chunks with one position each: in bfloat16 the sum would stop growing where a term is below its rounding."""
