@@ -414,7 +414,8 @@ def main():
         policy.model.activation_checkpointing_enable()
     for layer in policy.layers if o.compile else ():
         layer.compile(dynamic=True)
-    policy = shard(policy) if o.fsdp else DDP(policy, gradient_as_bucket_view=True, find_unused_parameters=True)
+    if o.fsdp or WORLD_SIZE > 1:
+        policy = shard(policy) if o.fsdp else DDP(policy, gradient_as_bucket_view=True, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
     step, rows = (saved["step"], saved["log_history"]) if saved else (0, [])
     if saved:

@@ -755,7 +755,7 @@ def test_checkpoints_are_hugging_face_folders(world, tmp_path, monkeypatch):
     """from_pretrained gives the policy's logits, with tokenizer and template; safetensors only, nothing pickled."""
     policies, save = {}, rpo.save_checkpoint
     monkeypatch.setattr(rpo, "save_checkpoint", lambda path, policy, *args: (
-        policies.update({Path(path).name: copy.deepcopy(policy.module.model)}), save(path, policy, *args))[1])
+        policies.update({Path(path).name: copy.deepcopy(policy.model)}), save(path, policy, *args))[1])
     run(*command(world, tmp_path / "run"))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["final", "metrics.jsonl", "step_000002",
                                                                          "step_000004"]
