@@ -13,7 +13,7 @@ chosen and y_l the rejected response, log-probs summed over a response's tokens,
 averaged over the pairs of a step, all ranks together (tests/test_theory.py shows where the SFT term comes from).
 The way of a pair: tokenize_pair, global_batches, micro_batches, collate, PairLogps, rpo_loss.
 """
-import argparse, atexit, collections, hashlib, importlib.util, json, math, os, resource, shutil, sys, time
+import argparse, atexit, collections, hashlib, importlib.util, itertools, json, math, os, resource, shutil, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS, ca
 SIDES = ("chosen", "rejected", "baseline")  # baseline is optional: what SFT imitates in place of the chosen response
 METRICS = ("loss loss/dpo loss/sft rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen "
            "logps/rejected logps/chosen_vs_ref logps/rejected_vs_ref nll_per_token").split()
+SHOWN = "loss", "rewards/margins", "rewards/accuracies", "logps/chosen_vs_ref"  # in the terminal
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 say = tqdm.write if RANK == 0 else lambda message: None
 PAPER = dict(beta=0.01, eta=0.005, sft="sum", learning_rate=5e-7, lr_scheduler="cosine", warmup_ratio=0.1, epochs=1,
@@ -44,7 +45,7 @@ def parse_options(argv=None):
     def add(name, default, text, **how):
         how |= dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
         parser.add_argument("--" + name, default=default, help=f"{text} (default: {default})", **how)
-    add("model", "data/toy/model", "policy at the start: Hugging Face folder or hub name")  # --resume keeps all to seed
+    add("model", "data/toy/model", "policy at the start: Hugging Face folder or hub name")
     add("ref_model", "", "reference policy: folder or hub name; empty: --model as it is before training")
     add("beta", 0.1, "strength of the pull to the reference; 0 with --sft mean: SFT only")
     add("eta", 0.5, "weight of the SFT term; 0: DPO")
@@ -60,7 +61,7 @@ def parse_options(argv=None):
     add("grad_clip", 1.0, "largest gradient norm; 0: no clipping")
     add("dtype", "float32", "bfloat16: computed so, weights kept in float32", choices=("float32", "bfloat16"))
     add("seed", 42, "of the order of pairs, the only random draw in training")
-    add("data", "data/toy", "folder with train.jsonl and, if it is to be evaluated, test.jsonl")  # and may change these
+    add("data", "data/toy", "folder with train.jsonl and, if it is to be evaluated, test.jsonl")  # --resume keeps all above
     add("out_dir", "out/toy-rpo", "folder of this run: metrics.jsonl, step_000100/, final/; with --recipe out/RECIPE")
     add("max_tokens", 8192, "tokens of a micro-batch of one rank, padding included: sets the memory")
     add("max_steps", 0, "stop after this many steps, on the schedule of all epochs; 0: do not stop early")
@@ -388,7 +389,7 @@ def main():
     say(f"{o.batch_size} pairs a step over {WORLD_SIZE} rank(s), {per_epoch} steps an epoch, {steps} steps planned")
     say(f"--sft {o.sft} --eta {o.eta:g} weighs like " + (f"--sft mean --eta {o.eta * factor:.3g}" if o.sft == "sum" else
         f"--sft sum --eta {o.eta / factor if factor else math.inf:.3g}") + f" at {tokens:.1f} tokens a response")
-    for name in ["fingerprint", *vars(o)][:17] if saved else ():  # down to seed: a run may change the flags below it
+    for name in ["fingerprint", *itertools.takewhile(lambda name: name != "data", vars(o))] if saved else ():
         if (was := (saved | saved["options"])[name]) != (now := (vars(o) | {"fingerprint": data})[name]):
             fail(f"--resume: {name} was {was} in {folder}, now it is {now}; restore it, or change --out_dir")
 
@@ -448,7 +449,7 @@ def main():
             logps = score(policy, pairs["test"], o.max_tokens, pad, shared)  # (N, K)
             metrics = objective(pairs["test"], logps, ref_logps["test"])[1]
             log({"eval/" + key: value.mean().item() for key, value in metrics.items()})
-            say(f"step {step:6d} " + " ".join(f"| {key} {metrics[key].mean():8.3f} " for key in METRICS[:10:3]))
+            say(f"step {step:6d} " + " ".join(f"| {key} {metrics[key].mean():8.3f} " for key in SHOWN))
         if fresh and (step == stop or step and o.save_every and step % o.save_every == 0):
             save_checkpoint(f"{o.out_dir}/" + ("final" if step == stop else f"step_{step:06d}"), policy, tokenizer,
                             optimizer, dict(step=step, options=vars(o), fingerprint=data, log_history=rows))
@@ -469,19 +470,20 @@ def main():
         sums[len(METRICS) + RANK] = (torch.cuda.max_memory_allocated(device) / 2**30 if cuda else
                                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # linux counts in KiB
         dist.all_reduce(sums)
-        means, memory = sums[:len(METRICS)].tolist(), sums[len(METRICS):].max().item()
+        means, memory = dict(zip(METRICS, sums.tolist())), sums[len(METRICS):].max().item()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip or math.inf).item()
-        if not math.isfinite(means[0] + grad_norm):
-            fail(f"step {step + 1}: loss {means[0]}, gradient norm {grad_norm}; kept {newest_checkpoint(o.out_dir)[0]}")
-        if step == 0 and not o.ref_model and abs(means[1] - math.log(2)) > (1e-3 if o.dtype == "float32" else 0.05):
-            fail(f"loss/dpo starts at {means[1]:.4f}, not at log 2: policy and reference disagree before any training")
+        if not math.isfinite((loss := means["loss"]) + grad_norm):
+            fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; kept {newest_checkpoint(o.out_dir)[0]}")
+        off = means["loss/dpo"] - math.log(2)
+        if step == 0 and not o.ref_model and abs(off) > (1e-3 if o.dtype == "float32" else 0.05):
+            fail(f"loss/dpo starts {off:+.4f} away from log 2: policy and reference disagree before any training")
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, o)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        log({"lr": lr, **dict(zip(METRICS, means)), "grad_norm": grad_norm, "tokens_per_second":
+        log({"lr": lr, **means, "grad_norm": grad_norm, "tokens_per_second":
              sum(lengths[i] for i in batch) / (time.perf_counter() - start), "peak_memory_gib": memory})
-        bar.set_postfix_str(f"loss {means[0]:.3f}, margin {means[5]:.2f}, chosen vs ref {means[9]:+.2f}", refresh=False)
+        bar.set_postfix_str(", ".join(f"{key} {means[key]:.3f}" for key in SHOWN), refresh=False)
         bar.update()
     bar.close()
     ends = [row for row in rows if "eval/loss" in row] or rows or [{}]
