@@ -4,6 +4,7 @@ rpo.py beside TRL's DPOTrainer(loss_type=["sigmoid", "sft"]): time, memory and t
     python tests/bench.py                                # UltraFeedback-like lengths, CPU or the GPU at hand
     python tests/bench.py --profile all                  # also HH-like and TL;DR-like
     python tests/bench.py --profile hh --steps 2 --model tiny --threads 1
+    python tests/bench.py --memory                       # no run: what models of 0.5B, 1B and 7B need, computed
 
 Same model (a random Llama), same pairs (random token ids, lengths drawn from the profile), same batches in the same
 order, same AdamW at a constant rate, same clipping, same attention code; every configuration in a process of its own.
@@ -46,6 +47,11 @@ MODELS = {  # layers, width, feed-forward width, heads, vocabulary
     "135m": (30, 576, 1536, 9, 49152),
     "1b": (16, 2048, 8192, 32, 128256),
 }
+REAL = {  # for --memory: kind; layers, width, feed-forward width, heads, key-value heads, vocabulary, tied embeddings
+    "0.5B (24 layers x 896)": ("Qwen2", (24, 896, 4864, 14, 2, 151936, True)),
+    "1B (16 x 2048)": ("Llama", (16, 2048, 8192, 32, 8, 128256, True)),
+    "7B (32 x 4096)": ("Mistral", (32, 4096, 14336, 32, 8, 32000, False)),
+}
 CONFIGS = {  # name: (line of the table, settings)
     "ours": ("ours", {}),
     "separate": ("  separate rows, no shared prompt", dict(shared=False)),
@@ -79,6 +85,7 @@ def parse_options(argv=None):
     add("--seed", type=int, default=0, help="of weights and pairs (default: %(default)s)")
     add("--peak_tflops", type=float, default=989, help="dense bfloat16 peak of the GPU in TFLOP/s, for the MFU "
         "(default: %(default)s, H100 and H200)")
+    add("--memory", action="store_true", help="only print what weights, gradients, moments and activations take")
     add("--worker", default="", help=argparse.SUPPRESS)
     o = parser.parse_args(argv)
     if unknown := set(o.configs.split(",")) - set(CONFIGS):
@@ -116,6 +123,45 @@ def flops(batch, sizes):
         total["separate"] += sum(cost(P + n, triangle(P + n), n) for n in answers)
         total["shared"] += cost(P + sum(answers), triangle(P) + sum(P * n + triangle(n) for n in answers), sum(answers))
     return total
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory on paper
+
+def kept_bytes(module):
+    """Bytes that the backward pass of one shared row keeps apart from the module's own weights, per token."""
+    import rpo
+    import torch
+    own, kept = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, lest another tensor be given its address
+        return tensor
+    pair = {key: np.full(n, 3, np.int32) for key, n in (("prompt", 130), ("chosen", 280), ("rejected", 280))}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(rpo.collate([pair], 0))
+    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own) / 690
+
+def memory_table(tokens=8192):
+    """What fits where in bfloat16, GiB of a GPU, as a table in Markdown: all of it computed, nothing measured."""
+    sys.path.insert(0, os.path.join(HERE, ".."))
+    import rpo
+    import torch
+    import transformers
+    print("| model | weights, gradients, AdamW | the same, FSDP on 8 | bfloat16 copies | head | activations, plain | "
+          "activations, `--gradient_checkpointing` | bytes / token, layer, width |\n" + "|---" * 8 + "|")
+    for name, (kind, (L, D, H, heads, groups, V, tied)) in REAL.items():
+        def build(layers, vocab):
+            return getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(
+                num_hidden_layers=layers, hidden_size=D, intermediate_size=H, num_attention_heads=heads,
+                num_key_value_heads=groups, vocab_size=vocab, tie_word_embeddings=tied))
+        one, two = (rpo.PairLogps(build(layers, 100), torch.bfloat16) for layers in (1, 2))
+        with torch.device("meta"):
+            whole = build(L, V)
+        sizes = [sum(p.numel() for p in model.parameters()) for model in (one, two, whole)]
+        # of one layer; autocast's bfloat16 copies of its weights are kept, too, and have a column of their own
+        each = (kept_bytes(two) - kept_bytes(one) - 2 * (sizes[1] - sizes[0]) / 690) / D
+        numbers = (16 * sizes[2], 2 * sizes[2], 2 * sizes[2], 6 * D * V, tokens * L * D * each,
+                   tokens * D * (4 * L + each))
+        print(f"| {name} | " + " | ".join(f"{number / 2**30:.1f}" for number in numbers) + f" | {each:.0f} |")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one configuration, in a process of its own
@@ -281,6 +327,8 @@ def main():
     o = parse_options()
     if o.worker:
         return worker(o, *o.worker.split(":"))
+    if o.memory:
+        return memory_table()
     from tqdm import tqdm
     if not o.device:  # torch is not imported in this process: on Linux a child's peak starts from its parent's size
         ask = [sys.executable, "-c", "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"]
@@ -332,6 +380,10 @@ def report(o, profile, found):
         print(f"{CONFIGS[name][0]:50s} {statistics.median(wall[name]):8.3f} {statistics.median(cpu[name]):7.3f} "
               f"{spread(ratio):>20s} {cpu_ratio:6.2f} {sum(tokens) / seconds:9.0f} "
               f"{o.pairs * len(tokens) / seconds:8.2f} {memory[name] / 1e9:6.2f} {memory[name] / memory[base]:6.2f}")
+    L, D, H, _, V = MODELS[o.model]
+    fixed = 16 * (2 * V * D + L * (4 * D * D + 3 * D * H + 2 * D) + D)  # bytes
+    print(f"weights, gradients and AdamW's moments: {fixed / 1e9:.2f} GB of each; the rest: " + ", ".join(
+          f"{name} {(held - fixed) / (memory[base] - fixed):.1f}x" for name, held in memory.items()))
     total = {key: sum(w[key] for w in work) / (o.pairs * len(work)) for key in work[0]}
     giga = {key: flop / 1e9 for key, flop in total.items()}
     print(f"model GFLOP a pair, forward and backward, on a shared prompt: {giga['shared']:.1f}; at equal FLOP/s")
