@@ -65,14 +65,27 @@ def hh_turns(text):
     return [turn for role, content in zip(parts[::2], parts[1::2])
             for turn in chat(content.strip(), "user" if role == "Human" else "assistant")]
 
+def unpacked(value):
+    """A cell of a CSV file may hold messages as JSON; printed in Python's way they are past reading."""
+    if not isinstance(value, str) or not re.match(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]""", value):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        raise ValueError(MALFORMED) from None
+
 def convert(row):
     """A row of any known layout (dict) -> its record; ValueError(reason) where it is to be dropped."""
-    sides = {side: row.get(side) for side in SIDES if row.get(side) or side != "baseline"}
-    context = row["prompt"] if row.get("prompt") is not None else row.get("conversations")
+    sides = {side: unpacked(row.get(side)) for side in SIDES if row.get(side) or side != "baseline"}
+    context = unpacked(row["prompt"] if row.get("prompt") is not None else row.get("conversations"))
     if not all(isinstance(value, (str, list, dict)) for value in (*sides.values(), "" if context is None else context)):
         raise ValueError(UNKNOWN)
     texts = all(isinstance(value, str) for value in sides.values())
-    if texts and isinstance(context, str):
+    # Anthropic's dialogues as text may come with their prompt, which they then repeat
+    if texts and isinstance(context, str) and "\n\nHuman:" in "\n\n" + sides["chosen"].lstrip("\n") and all(
+            value.lstrip().startswith(context.strip()) for value in sides.values()):
+        context = None
+    if texts and isinstance(context, str) and "system" not in row:
         prompt, answers = context, sides  # raw text stays as it is, to the last blank
     elif texts and context is None and "\n\nHuman:" not in "\n\n" + sides["chosen"].lstrip("\n"):
         raise ValueError(UNKNOWN)
@@ -82,8 +95,6 @@ def convert(row):
         sides = {s: chat(value, "assistant") if isinstance(value, str) else turns(value) for s, value in sides.items()}
         if isinstance(context, (list, dict)):
             prompt = turns(context)
-            if row.get("system") and "system" not in [turn["role"] for turn in prompt]:
-                prompt = chat(str(row["system"]), "system") + prompt
         elif context is not None and all(len(dialogue) == 1 for dialogue in sides.values()):
             prompt = chat(context)
         else:
@@ -95,6 +106,8 @@ def convert(row):
                 raise ValueError(MALFORMED)
         n = len(prompt)
         answers = {side: dialogue[n:] if dialogue[:n] == prompt else dialogue for side, dialogue in sides.items()}
+        if row.get("system") and "system" not in [turn["role"] for turn in prompt]:
+            prompt = chat(str(row["system"]), "system") + prompt
         talk = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
         roles = [turn["role"] for turn in talk]
         # chat templates refuse two turns of one role in a row; what goes on with further turns is not one answer
@@ -138,7 +151,8 @@ def read_json(path, text):
         try:
             rows += json.loads(line) if whole else [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            fail(f"{path} line {error.lineno if whole else number}: malformed JSON: {error.msg}")
+            fail(f"{path} line {error.lineno if whole else number}: malformed JSON: {error.msg}; it must be one array "
+                 "of objects, or one object a line")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             fail(f"{path} row {number}: not a JSON object")
@@ -182,6 +196,11 @@ def read_source(source):
         else:
             train, test = names, []
         train = train or [n for n in names if n not in test]
+        other_name = r"(^|[-_.])(test|valid|validation|eval|dev)[-_.]"
+        if os.path.isdir(source) and any(re.search(other_name, n) for n in train):
+            fail(f"{source}: which of {', '.join(names)} is to train on? name that one train, another test")
+        if left := [n for n in names if n not in train + test]:
+            tqdm.write(f"{source}: not read: {', '.join(left)}")
         if not train:
             fail(f"{source}: no {'train file' if test else 'file'} that ends in {', '.join(FORMATS)}, plain or .gz")
         rows = [[row for n in files for row in read_file(os.path.join(folder, n))] for files in (train, test)]
@@ -484,10 +503,14 @@ def main(argv=None):
     for name, least in (("limit", 1), ("test_size", 0), ("show", 0), ("sft_steps", 1)):
         if getattr(o, name) is not None and getattr(o, name) < least:
             fail(f"--{name} must be {least} or more, not {getattr(o, name)}")
-    name = re.sub(r"\.(jsonl?|parquet|csv)(\.gz)?$", "", os.path.basename(os.path.normpath(o.source)), flags=re.I)
+    name = re.sub(r"\.(jsonl?|parquet|csv)(\.gz)?$", "", os.path.basename(os.path.abspath(o.source)), flags=re.I)
     out, tokenizer = os.path.normpath(o.out or f"data/{name}"), None
     if os.path.exists(out) and not os.path.isdir(out):
         fail(f"--out {out} is a file, not a folder")
+    if not o.out and os.path.exists(f"{out}/meta.json"):  # another source of that name
+        with open(f"{out}/meta.json", encoding="utf-8") as f:
+            if (other := json.load(f)["source"]) != o.source:
+                fail(f"{out} holds what was made of {other}: name a folder with --out")
     if o.source == "toy":
         test_size = 2 * HELD_OUT if o.test_size is None else o.test_size
         meta, train, tokenizer = make_toy(out, o.limit or 1000, test_size, o.seed, o.sft_steps)

@@ -121,6 +121,9 @@ def test_the_toy_world():
 PLAIN = {"prompt": [U("q")], "chosen": [A("good")], "rejected": [A("bad")]}
 DEEP = {"prompt": [S("be kind"), U("q1"), A("a1"), U("q2")], "chosen": [A("good")], "rejected": [A("bad")]}
 
+ANSWERS = {"chosen": [A("a")], "rejected": [A("b")]}
+CHAT = {"prompt": [U("q")], **ANSWERS}
+
 def sharegpt(messages):
     return [
         {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]}
@@ -221,6 +224,35 @@ KEPT = [
             "rejected": sharegpt(DEEP["rejected"]),
         },
         DEEP,
+    ),
+    *(
+        (f"a system column beside {name}", {"system": "be kind", **row}, {"prompt": [S("be kind"), U("q")], **ANSWERS})
+        for name, row in {
+            "strings": {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "a string and messages": {"prompt": "q", **ANSWERS},
+            "whole dialogues": {"prompt": "q", "chosen": [U("q"), A("a")], "rejected": [U("q"), A("b")]},
+            "an implicit prompt": {"chosen": [U("q"), A("a")], "rejected": [U("q"), A("b")]},
+            "messages": {"prompt": [U("q")], **ANSWERS},
+        }.items()
+    ),
+    ("a system column left empty", {"system": "", "prompt": "q", "chosen": "a", "rejected": "b"}, CHAT),
+    *(
+        (
+            f"Anthropic's dialogues beside the prompt {prompt!r}",
+            {"prompt": prompt, "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+            CHAT,
+        )
+        for prompt in ("\n\nHuman: q\n\nAssistant:", "")
+    ),
+    (
+        "messages as JSON in the cells of a CSV",
+        {"prompt": "q", "chosen": json.dumps([U("q"), A("a")]), "rejected": json.dumps([U("q"), A("b")])},
+        CHAT,
+    ),
+    (
+        "raw text that begins with a bracket",
+        {"prompt": "q", "chosen": "[{a: 1}]", "rejected": "[1]"},
+        {"prompt": "q", "chosen": "[{a: 1}]", "rejected": "[1]"},
     ),
 ]
 
@@ -324,6 +356,7 @@ DROPPED = [
         },
         MALFORMED,
     ),
+    ("messages printed by Python", {"prompt": "q", "chosen": str([U("q"), A("a")]), "rejected": "b"}, MALFORMED),
 ]
 
 @pytest.mark.parametrize("row, reason", [case[1:] for case in DROPPED], ids=[case[0] for case in DROPPED])
@@ -467,6 +500,17 @@ def test_default_folder_and_show(tmp_path, monkeypatch, capsys):
     assert records("data/mine/train.jsonl") == [pair(0), PLAIN] and not os.path.exists("data/mine/test.jsonl")
     shown = capsys.readouterr().out
     assert 'chosen: "good 0"' in shown and "q0" in shown and "role" not in shown
+    before = records("data/mine/train.jsonl")
+    put(tmp_path / "mine.json", jsonl([pair(7)]))
+    refused(capsys, "data/mine holds what was made of mine.jsonl.gz: name a folder", "mine.json")
+    main(["mine.jsonl.gz"])  # the same source may be prepared anew
+    assert records("data/mine/train.jsonl") == before
+    (tmp_path / "here").mkdir()
+    put(tmp_path / "here/train.jsonl", jsonl([pair(0)]))
+    put(tmp_path / "here/notes.jsonl", jsonl([pair(1)]))
+    monkeypatch.chdir(tmp_path / "here")
+    main(["."])  # into data/here, not into data/ itself
+    assert len(records("data/here/train.jsonl")) == 1 and "not read: notes.jsonl" in capsys.readouterr().out
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
     main(
@@ -537,6 +581,11 @@ def test_bad_arguments(tmp_path, capsys):
     refused(capsys, "no file that ends in", str(tmp_path / "empty"), "--out", out)
     put(tmp_path / "empty/test.jsonl", jsonl([pair(0)]))
     refused(capsys, "no train file", str(tmp_path / "empty"), "--out", out)
+    put(tmp_path / "empty/my_train.jsonl", jsonl([pair(1)]))  # neither name says train or test to a machine
+    os.rename(tmp_path / "empty/test.jsonl", tmp_path / "empty/my_test.jsonl")
+    refused(capsys, "which of my_test.jsonl, my_train.jsonl is to train on", str(tmp_path / "empty"), "--out", out)
+    os.remove(tmp_path / "empty/my_train.jsonl")
+    os.rename(tmp_path / "empty/my_test.jsonl", tmp_path / "empty/test.jsonl")
     refused(capsys, "would overwrite the source", str(tmp_path / "empty"), "--out", str(tmp_path / "empty"))
     refused(capsys, "would overwrite the source", str(tmp_path / "empty/test.jsonl"), "--out", str(tmp_path / "empty"))
     assert not os.path.exists(out) and records(tmp_path / "empty/test.jsonl") == [pair(0)]
