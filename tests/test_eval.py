@@ -663,8 +663,8 @@ def test_chat_judge_survives_a_misbehaving_server_and_counts_no_verdict_as_error
     assert sum(text.index("good") < text.index("bad") for text in texts[-2:]) == 1  # presented in both orders
     assert asked[0]["body"]["model"] == "j" and asked[0]["body"]["temperature"] == 0
     assert "sk-secret" not in out + err + "".join(path.read_text() for path in tmp_path.glob("*.json*"))
-    # all of it again: nothing is asked
-    assert run(capsys, "winrate", *pair, "--judge", judge, *CHAT)[:2] == (0, out) and len(requests()) == 31
+    # all of it again: only the three rows without a verdict are asked again
+    assert run(capsys, "winrate", *pair, "--judge", judge, *CHAT)[:2] == (0, out) and len(requests()) == 31 + 6
 
 
 def test_a_judge_that_always_prefers_the_first_answer_ties_everything(serve, pair, capsys):
@@ -753,3 +753,101 @@ def test_flags_are_explained_and_not_abbreviated(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0 and "--" in out
     assert run(capsys, command, "--ou", "x", "--dat", "x")[0] == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bad input, and input that looks like other input
+
+
+@pytest.mark.parametrize("content", ["answers", "one line without an end", '{"question_id": 1, "text": "not ours"}\n'])
+def test_a_file_that_holds_no_judgments_is_never_touched(pair, tmp_path, capsys, content):
+    path = pair[0] if content == "answers" else tmp_path / "notes.txt"
+    before = path.read_text() if content == "answers" else path.write_text(content) and content
+    assert str(path) in refused(capsys, "winrate", *pair, "--judge", "chat:http://127.0.0.1:9", "--out", path)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("judge", ["reward", "reward:", "chat", "chat:localhost:8000", "gold:", "golden"])
+def test_half_a_judge_is_none(pair, capsys, judge):
+    assert "winrate needs" in refused(capsys, "winrate", *pair, "--judge", judge)
+
+
+def test_a_reward_that_is_no_number_is_an_error_and_no_tie():
+    judge, nan = evaluation.reward_judge("", "float32"), math.nan
+    assert [judge(dict(score=a), dict(score=b))[0] for a, b in ((nan, nan), (1.0, nan), (2.0, 2.0), (2.0, 1.0))] == [
+        "error",
+        "error",
+        "tie",
+        "A",
+    ]
+
+
+def test_judgments_without_any_verdict_end_with_an_error(tmp_path, capsys):
+    row = dict(question_id=1, model_1="x", model_2="y", g1_winner="error", g2_winner="tie", g1_judgment="HTTP 400")
+    code, out, err = run(capsys, "winrate", "--judgments", write_lines(tmp_path / "j.jsonl", [row]))
+    assert code == 2 and "HTTP 400" in err and "errors" in out
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_questions_of_one_and_of_two_turns_in_one_batch(toy, tmp_path, capsys, first):
+    questions = [dict(question_id=i, turns=["name two red foods"] * n) for i, n in enumerate((first, 3 - first))]
+    path = write_lines(tmp_path / "question.jsonl", questions)
+    code, _, err = run(capsys, "generate", "--model", toy / "model", "--prompts", path, "--out", tmp_path / "m.jsonl")
+    assert code == 0, err
+    rows = [json.loads(line) for line in open(tmp_path / "m.jsonl")]
+    assert [len(row["choices"][0]["turns"]) for row in rows] == [first, 3 - first]
+
+
+def test_further_keys_of_a_record_are_not_its_prompt(toy, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    chat = [dict(role="user", content="name two red foods")]
+    path = write_lines(tmp_path / "p.jsonl", [dict(prompt=chat, instruction="other", turns=2, system=None)])
+    assert [item["chat"] for item in evaluation.load_prompts(str(path), tokenizer)] == [chat]
+
+
+@pytest.mark.parametrize(
+    "row", [dict(prompt=[{"from": "human", "value": "hi"}]), dict(turns=[3]), dict(instruction=None), dict(text="hi")]
+)
+def test_a_row_without_a_prompt_is_named(toy, tmp_path, capsys, row):
+    path = write_lines(tmp_path / "p.jsonl", [dict(instruction="fine"), row])
+    line = refused(capsys, "generate", "--model", toy / "model", "--prompts", path, "--out", tmp_path / "o.json")
+    assert "p.jsonl line 2" in line
+
+
+def test_two_draws_of_a_prompt_are_not_independent(monkeypatch, tmp_path):
+    """Where both draws of each prompt are the same, the errors are those of one draw a prompt."""
+    lengths = [2, 5, 9, 4]
+    said = [([1], [7] * n, "text", True) for n in lengths]
+    monkeypatch.setattr(evaluation, "sample", lambda policy, chats, *rest: said * (len(chats) // 4))
+    args = type("Args", (), dict(seed=0, data=str(tmp_path)))
+    own = evaluation.own_samples([None], ["a", "b", "c", "d"], lambda model, pairs: torch.zeros(4, 2), args)
+    sd = (sum((n - 5) ** 2 for n in lengths) / 3) ** 0.5
+    assert own["length"] == (5, pytest.approx(sd / 2))
+
+
+def test_a_run_is_known_by_its_whole_path(tmp_path, capsys):
+    """a/dpo and b/dpo are two settings, not two seeds of one; and brackets in a name are no pattern."""
+    for name, value in (("a/dpo", 0), ("b/dpo", -10)):
+        (tmp_path / name).mkdir(parents=True)
+        write_lines(tmp_path / name / "metrics.jsonl", [{"step": 0, "eval/logps/chosen_vs_ref": value}])
+    code, out, _ = run(capsys, "plot", tmp_path / "a/dpo", tmp_path / "b/dpo", "--out", tmp_path / "new/f.png")
+    assert code == 0 and "-5.00" not in out and f"{tmp_path}/b/dpo" in out and (tmp_path / "new/f.png").exists()
+    for step in ("step_000001", "step_000002"):
+        (tmp_path / "run[1]" / step).mkdir(parents=True)
+        (tmp_path / "run[1]" / step / "trainer_state.json").write_text(json.dumps(dict(step=int(step[-1]), options={})))
+    assert [state["step"] for _, state in evaluation.checkpoints(str(tmp_path / "run[1]"))] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--n 0", "--batch_size 0", "--temperature -1", "--top_p 2", "--max_new_tokens -3", "--out .", "--prompts nowhere"],
+)
+def test_a_number_out_of_range_or_a_path_of_the_wrong_kind_is_refused(toy, tmp_path, capsys, flags):
+    model, prompts = ("--model", toy / "model"), write_lines(tmp_path / "p.jsonl", [dict(instruction="hi")])
+    line = refused(capsys, "generate", *model, "--prompts", prompts, "--out", tmp_path / "o.json", *flags.split())
+    assert flags.split()[1] in line and "line 1" not in line
+
+
+def test_help_shows_a_percent_sign_once(capsys):
+    for command in ([], ["winrate"]):
+        assert "with 95% intervals" in " ".join(run(capsys, *command, "--help")[1].split())
