@@ -2,8 +2,7 @@
 RPO: Regularized Preference Optimization (Liu et al., NeurIPS 2024, arXiv 2405.16436), the whole trainer in one file.
 
     python prepare_data.py && torchrun rpo.py                            # RPO in a toy world, a minute on a laptop
-    torchrun rpo.py --eta 0 --out_dir out/toy-dpo                        # eta = 0 is DPO
-    torchrun rpo.py --beta 0 --sft mean --eta 1 --out_dir out/toy-sft    # beta = 0 leaves SFT on the chosen responses
+    torchrun rpo.py --eta 0 --out_dir out/toy-dpo                        # DPO; --beta 0 --sft mean --eta 1 is SFT
     torchrun --nproc_per_node 8 rpo.py --recipe zephyr-beta              # the paper's run on eight GPUs
 
 From DPO to RPO it is one term. With h = (log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x)), y_w the
@@ -13,11 +12,10 @@ chosen and y_l the rejected response, log-probs summed over a response's tokens,
 averaged over the pairs of a step, all ranks together (tests/test_theory.py shows where the SFT term comes from).
 The way of a pair: tokenize_pair, global_batches, micro_batches, collate, PairLogps, rpo_loss.
 """
-import argparse, atexit, collections, hashlib, importlib.util, itertools, json, math, os, resource, shutil, sys, time
+import argparse, atexit, collections, gc, hashlib, importlib.util, json, math, os, resource, shutil, sys, time
 from pathlib import Path
 
-import numpy as np
-import torch, torch.distributed as dist, torch.nn.functional as F
+import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from jinja2 import TemplateError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as dcp
@@ -61,14 +59,14 @@ def parse_options(argv=None):
     add("grad_clip", 1.0, "largest gradient norm; 0: no clipping")
     add("dtype", "float32", "bfloat16: computed so, weights kept in float32", choices=("float32", "bfloat16"))
     add("seed", 42, "of the order of pairs, the only random draw in training")
-    add("data", "data/toy", "folder with train.jsonl and, if it is to be evaluated, test.jsonl")  # --resume keeps all above
+    add("data", "data/toy", "folder with train.jsonl and, for evaluation, test.jsonl")  # --resume keeps all above
     add("out_dir", "out/toy-rpo", "folder of this run: metrics.jsonl, step_000100/, final/; with --recipe out/RECIPE")
     add("max_tokens", 8192, "tokens of a micro-batch of one rank, padding included: sets the memory")
     add("max_steps", 0, "stop after this many steps, on the schedule of all epochs; 0: do not stop early")
     add("attn", "sdpa", "attention code", choices=("sdpa", "eager", *["flex_attention"] * torch.cuda.is_available()))
     add("compile", False, "torch.compile of each decoder layer: slow to start, then faster on a GPU")
     add("fsdp", False, "shard weights, gradients and optimizer over the ranks (FSDP2); else each has all (DDP)")
-    add("gradient_checkpointing", False, "recompute activations in backward: less memory, a third more time")
+    add("gradient_checkpointing", False, "recompute activations in backward: less memory, more time")
     add("precompute_ref", True, "reference log-probs once, cached in DATA/ref_logps; else keep it in memory")
     add("eval_every", 100, "steps between evaluations on test.jsonl, also done at the start and end; 0: none")
     add("save_every", 0, "steps between checkpoints; 0: final/ only")
@@ -78,6 +76,9 @@ def parse_options(argv=None):
     if recipe := parser.parse_args(argv).recipe:
         parser.set_defaults(out_dir=f"out/{recipe}", **RECIPES[recipe])
     o = parser.parse_args(argv)
+    for name, value in vars(o).items():
+        if isinstance(value, (int, float)) and not value >= (least := name in ("batch_size", "epochs", "max_tokens")):
+            fail(f"--{name} {value}: must be {least:d} or more")
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
         fail("with --beta 0 this loss is a constant; SFT alone is --beta 0 --sft mean --eta 1")
     if o.tracker != "none" and not importlib.util.find_spec(o.tracker):
@@ -93,26 +94,28 @@ def fail(message):
 def load(auto_class, path, **kwargs):
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a file that is missing, cut short, or of another kind: each fails in its own type
         fail(f"cannot load {path} ({' '.join(str(error).split())[:200]}); python prepare_data.py makes the toy's model")
 
-def load_model(path, attn="sdpa"):
+def load_model(path, attn="sdpa", checkpointing=False):
     """A causal language model with float32 weights and no dropout, which would make the log-ratio a random number."""
     config = load(AutoConfig, path)
-    # not model.eval(), which also turns gradient checkpointing off
     config.update({name: 0.0 for name in vars(config) if "dropout" in name or name.endswith("pdrop")})
-    return load(AutoModelForCausalLM, path, config=config, dtype=torch.float32, attn_implementation=attn)
+    model = load(AutoModelForCausalLM, path, config=config, dtype=torch.float32, attn_implementation=attn)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    return model
 
 def text_of(prompt, response, tokenizer):
     """The text that generation starts from (response None), or that of both up to and with the end-of-turn token."""
     if isinstance(prompt, str):
-        return prompt + (response + tokenizer.eos_token if response else "")
+        return prompt + (response + (tokenizer.eos_token or fail("the tokenizer has no EOS")) if response else "")
     start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     if response is None:
         return start
     # what the template writes behind the end-of-turn token, often a newline, is not for a model to learn
     text, content = tokenizer.apply_chat_template(prompt + response, tokenize=False), response[-1]["content"].strip()
-    end = text.find(content, len(start)) + len(content)
+    end = max(text.find(content, len(start)), len(start) - len(content)) + len(content)  # a template may alter it
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     stops = [(text.find(token, end), len(token)) for token in specials if token in text[end:]]
     return text[:sum(min(stops))] if stops else text[:end] + tokenizer.eos_token
@@ -154,7 +157,7 @@ def load_pairs(path, tokenizer, max_length=0, max_prompt_length=0):
     if not os.path.isfile(path):
         fail(f"no file {path}; python prepare_data.py makes the toy world, python prepare_data.py SOURCE other data")
     pairs, counts = [], collections.Counter()
-    for number, line in enumerate(tqdm(open(path, encoding="utf-8"), f"tokenize {path}", disable=RANK > 0), 1):
+    for number, line in enumerate(tqdm(open(path, "rb"), f"tokenize {path}", disable=RANK > 0), 1):
         try:
             pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -162,7 +165,7 @@ def load_pairs(path, tokenizer, max_length=0, max_prompt_length=0):
         counts[f"dropped: {pair}" if isinstance(pair, str) else "prompts cut" if "cut" in pair else "whole"] += 1
         pairs += [{key: np.array(ids, np.int32) for key, ids in pair.items()}] if isinstance(pair, dict) else []
     if not pairs:
-        fail(f"{path} has no pair to train on ({dict(counts) or 'it is empty'})")
+        fail(f"{path} has no pair left ({dict(counts) or 'it is empty'})")
     if any("baseline" in pair for pair in pairs):  # then every pair has one: its chosen response where none is given
         pairs = [{"baseline": pair["chosen"], **pair} for pair in pairs]
     return pairs, counts
@@ -290,7 +293,7 @@ def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", b
     dpo_losses = -F.logsigmoid(beta * h)  # Bradley-Terry, with beta log(pi/ref) as the reward
     sft_losses = {"sum": eta * beta * nll, "mean": eta * nll / chosen_lengths}[sft]  # Algorithm 2, Appendix F
     losses, rewards = dpo_losses + sft_losses, beta * logratios
-    correct = (h > 0) + 0.5 * (h == 0)  # a tie counts half: an untouched policy shows 0.5
+    correct = (h > 0) + 0.5 * (h == 0)  # a tie counts half
     values = (losses, dpo_losses, sft_losses, *rewards.T, rewards[:, 0] - rewards[:, 1], correct, *policy_logps.T,
               *logratios.T, nll / chosen_lengths)
     return losses, {key: value.detach() for key, value in zip(METRICS, values)}
@@ -306,7 +309,7 @@ def score(module, pairs, max_tokens, pad_token_id, shared):
         dist.all_reduce(logps)
     return logps
 
-def can_share(model, pair, pad_token_id):
+def can_share(model, pair):
     """Whether rows may share a prompt: whether they give this pair's log-probs and gradients as separate rows do, which
     is measured, as no list of models is complete. Ends the program where separate rows miss the model's own loss."""
     probes = [p for p in model.parameters() if p.dim() == 1] or [next(model.parameters())]  # some in every layer
@@ -319,7 +322,7 @@ def can_share(model, pair, pad_token_id):
         return logps.gather(1, ids[0, 1:, None])[-len(pair[side]):].sum()
     near = lambda some, others, far: all((a - b).norm() <= far * b.norm() for a, b in zip(some, others))
     own = with_grads(torch.stack([own_logp("chosen"), own_logp("rejected")]))
-    one, two = (with_grads(PairLogps(model)(collate([pair], pad_token_id, shared))[0, :2]) for shared in (True, False))
+    one, two = (with_grads(PairLogps(model)(collate([pair], 0, shared))[0, :2]) for shared in (True, False))
     if not near(two, own, 1e-3):
         fail(f"{type(model).__name__} is not supported: its log-probs are {own[0].tolist()}, not {two[0].tolist()}")
     return near(one, two, 2e-5)  # rounding: 3e-6 at most; wrong masks: mostly above 1e-4
@@ -369,19 +372,20 @@ def newest_checkpoint(out_dir):
 def main():
     o, cuda = parse_options(), torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    torch.cuda.set_device(device) if cuda else None  # FSDP and broadcasts go by the current device
     alone = {} if "RANK" in os.environ else dict(rank=0, world_size=1, store=dist.HashStore())  # without torchrun
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
     metrics_file, (folder, saved) = Path(o.out_dir, "metrics.jsonl"), newest_checkpoint(o.out_dir)
     if not o.resume and (saved or metrics_file.exists()):
         fail(f"{o.out_dir} holds a run: continue it with --resume, or choose another --out_dir")
-
     tokenizer, pairs = load(AutoTokenizer, o.model), {}
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)  # masked, never scored
+    if o.ref_model and load(AutoTokenizer, o.ref_model).get_vocab() != tokenizer.get_vocab():
+        fail(f"--ref_model {o.ref_model} has another vocabulary than {o.model}: log-ratios would mean nothing")
     for split in ("train", "test") if o.eval_every and os.path.exists(f"{o.data}/test.jsonl") else ("train",):
         pairs[split], counts = load_pairs(f"{o.data}/{split}.jsonl", tokenizer, o.max_length, o.max_prompt_length)
         say(f"{split}: {len(pairs[split])} pairs ({', '.join(f'{n} {what}' for what, n in counts.items())})")
     of = lambda *splits: digest(pair[key] for split in splits for pair in pairs[split] for key in sorted(pair))
-    train, data = pairs["train"], of("train")
+    train, longest = pairs["train"], max(pairs["train"], key=lambda pair: row_length(pair, True))
     sft_lengths = lambda some: torch.tensor([len(pair.get("baseline", pair["chosen"])) for pair in some], device=device)
     per_epoch, tokens = -(-len(train) // o.batch_size), sft_lengths(train).double().mean().item()
     steps, factor = o.epochs * per_epoch, o.beta * tokens
@@ -389,30 +393,30 @@ def main():
     say(f"{o.batch_size} pairs a step over {WORLD_SIZE} rank(s), {per_epoch} steps an epoch, {steps} steps planned")
     say(f"--sft {o.sft} --eta {o.eta:g} weighs like " + (f"--sft mean --eta {o.eta * factor:.3g}" if o.sft == "sum" else
         f"--sft sum --eta {o.eta / factor if factor else math.inf:.3g}") + f" at {tokens:.1f} tokens a response")
-    for name in ["fingerprint", *itertools.takewhile(lambda name: name != "data", vars(o))] if saved else ():
-        if (was := (saved | saved["options"])[name]) != (now := (vars(o) | {"fingerprint": data})[name]):
-            fail(f"--resume: {name} was {was} in {folder}, now it is {now}; restore it, or change --out_dir")
-
     # the reference's log-probs: once, by the same module and dtype as the policy's; then the reference is freed
-    build = lambda path: PairLogps(load_model(path, o.attn), getattr(torch, o.dtype)).to(device)
+    def build(path):  # train(): what is measured here is what is trained, and eval() would turn checkpointing off
+        return PairLogps(load_model(path, o.attn, o.gradient_checkpointing), getattr(torch, o.dtype)).to(device).train()
     reference = build(o.ref_model or o.model)
-    shared = can_share(reference.model, max(train, key=lambda pair: row_length(pair, True)), pad)
+    shared = can_share(reference.model, longest) & (not o.ref_model or can_share(build(o.model).model, longest))
     say("rows: one a pair, its prompt shared" if shared else "rows: one a response, shared prompts are not exact here")
-    weights = (weight.detach().cpu().numpy() for weight in reference.requires_grad_(False).parameters())
-    cache = Path(o.data, "ref_logps", f"{digest(weights)}-{of(*pairs)}-{o.dtype}.safetensors")
+    weights = digest(weight.cpu().numpy() for weight in reference.requires_grad_(False).parameters())
+    fingerprint = f"{weights}-{of('train')}"
+    for name in [*list(vars(o))[:list(vars(o)).index("data")], "fingerprint"] if saved else ():
+        if (was := (saved | saved["options"]).get(name)) != (now := (vars(o) | dict(fingerprint=fingerprint))[name]):
+            fail(f"--resume: {name} was {was} in {folder}, now it is {now}; restore it, or change --out_dir")
+    cache = Path(o.data, "ref_logps", f"{weights}-{of(*pairs)}-{o.dtype}{'-fsdp' * o.fsdp}.safetensors")
     dist.all_reduce(known := torch.tensor(float(o.precompute_ref and cache.exists()), device=device))
     reference = shard(reference) if o.fsdp else reference
     ref_logps = load_file(cache, device=str(device)) if known == WORLD_SIZE else {
-        split: score(reference, some, o.max_tokens, pad, shared) for split, some in pairs.items()
+        split: score(reference, some, o.max_tokens, 0, shared) for split, some in pairs.items()
         if o.precompute_ref or split == "test"}
     if o.precompute_ref and RANK == 0 and known < WORLD_SIZE:
         cache.parent.mkdir(exist_ok=True)
-        save_file(ref_logps, f"{cache}.tmp")
-        os.rename(f"{cache}.tmp", cache)
+        save_file(ref_logps, aside := f"{cache}.{os.getpid()}")  # other runs may be at the same
+        os.rename(aside, cache)
     reference = None if o.precompute_ref else reference
-    policy = build(folder or o.model).train()
-    if o.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable()
+    gc.collect()  # FSDP's modules refer to themselves
+    policy = build(folder or o.model)
     for layer in policy.layers if o.compile else ():
         layer.compile(dynamic=True)
     if o.fsdp or WORLD_SIZE > 1:
@@ -446,13 +450,13 @@ def main():
     while True:
         fresh = saved is None or step > saved["step"]  # a resumed checkpoint has its evaluation behind it
         if "test" in pairs and fresh and (step % o.eval_every == 0 or step == stop):
-            logps = score(policy, pairs["test"], o.max_tokens, pad, shared)  # (N, K)
+            logps = score(policy, pairs["test"], o.max_tokens, 0, shared)  # (N, K)
             metrics = objective(pairs["test"], logps, ref_logps["test"])[1]
             log({"eval/" + key: value.mean().item() for key, value in metrics.items()})
             say(f"step {step:6d} " + " ".join(f"| {key} {metrics[key].mean():8.3f} " for key in SHOWN))
         if fresh and (step == stop or step and o.save_every and step % o.save_every == 0):
             save_checkpoint(f"{o.out_dir}/" + ("final" if step == stop else f"step_{step:06d}"), policy, tokenizer,
-                            optimizer, dict(step=step, options=vars(o), fingerprint=data, log_history=rows))
+                            optimizer, dict(step=step, options=vars(o), fingerprint=fingerprint, log_history=rows))
         if step >= stop:
             break
         start, (epoch, n) = time.perf_counter(), divmod(step, per_epoch)
@@ -460,29 +464,29 @@ def main():
         micro = list(micro_batches(batch, lengths, o.max_tokens, RANK, WORLD_SIZE))
         sums = torch.zeros(len(METRICS) + WORLD_SIZE, device=device, dtype=torch.float64)
         for m, (indices, weight) in enumerate(micro, 1):
-            sync(m == len(micro))  # ranks meet in the last pass only
-            inputs = collate(some := [train[i] for i in indices], pad, shared)
+            sync(m == len(micro))  # ranks meet in the last pass only; until then FSDP holds whole gradients
+            inputs = collate(some := [train[i] for i in indices], 0, shared)
             ref = reference(inputs) if reference else ref_logps["train"][indices]  # (B, K)
             losses, metrics = objective(some, policy(inputs), ref)
             # the mean over the global batch, however it is split: DDP and FSDP divide by the ranks, hence the factor
             (losses.sum() * weight * WORLD_SIZE / len(batch)).backward()
             sums[:len(METRICS)] += weight / len(batch) * torch.stack([metrics[key].sum() for key in METRICS])
-        sums[len(METRICS) + RANK] = (torch.cuda.max_memory_allocated(device) / 2**30 if cuda else
-                                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # linux counts in KiB
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
+        sums[len(METRICS) + RANK] = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else memory
         dist.all_reduce(sums)
         means, memory = dict(zip(METRICS, sums.tolist())), sums[len(METRICS):].max().item()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip or math.inf).item()
         if not math.isfinite((loss := means["loss"]) + grad_norm):
             fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; kept {newest_checkpoint(o.out_dir)[0]}")
         off = means["loss/dpo"] - math.log(2)
-        if step == 0 and not o.ref_model and abs(off) > (1e-3 if o.dtype == "float32" else 0.05):
+        if step == 0 and not o.ref_model and abs(off) > (1e-3 if o.dtype == "float32" else 0.05 + o.beta):
             fail(f"loss/dpo starts {off:+.4f} away from log 2: policy and reference disagree before any training")
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, o)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         log({"lr": lr, **means, "grad_norm": grad_norm, "tokens_per_second":
-             sum(lengths[i] for i in batch) / (time.perf_counter() - start), "peak_memory_gib": memory})
+             sum(row_length(train[i], True) for i in batch) / (time.perf_counter() - start), "peak_memory_gib": memory})
         bar.set_postfix_str(", ".join(f"{key} {means[key]:.3f}" for key in SHOWN), refresh=False)
         bar.update()
     bar.close()
