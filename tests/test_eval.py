@@ -724,6 +724,7 @@ def test_plot_draws_means_and_spreads_over_seeds(tmp_path, capsys):
     assert "none" in refused(capsys, "plot", tmp_path / "none", "--out", tmp_path / "f.png")
 
 
+@pytest.mark.filterwarnings("ignore:No artists")  # what draws them is replaced here
 def test_the_lines_that_are_drawn(tmp_path, capsys, monkeypatch):
     import matplotlib.axes
 

@@ -1024,6 +1024,17 @@ def test_exit_code_of_the_program(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # several ranks, gloo on CPU
 
+def test_each_rank_takes_the_gpu_of_its_own(world, tmp_path, monkeypatch):
+    """FSDP and broadcasts go by the current device, which must be set before there is a process group."""
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: sys.exit(f"{args} {kwargs}"))
+    with pytest.raises(SystemExit, match="nccl.*index=3"):
+        run(*command(world, tmp_path))
+    assert calls == [torch.device("cuda", 3)]
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_change_nothing(world, whole, tmp_path, ranks):
     """
