@@ -66,8 +66,9 @@ def load_prompts(path, tokenizer):
     [{"id": of the question or None, "chat": messages or text, "asked": user turns, "dataset"}]."""
     name, items = pathlib.Path(path).name, {}
     for number, row in enumerate(read_rows(f"{path}/test.jsonl" if os.path.isdir(path) else path), 1):
-        asked = [row["prompt"]] if row.get("prompt") else row.get("turns") or [row.get("instruction")]
-        chat = asked[0] if row.get("prompt") else [dict(role="user", content=asked[0])]
+        turns = row.get("turns") if "question_id" in row or not row.get("prompt") else None
+        asked = turns or [row.get("prompt") or row.get("instruction")]
+        chat = asked[0] if row.get("prompt") and not turns else [dict(role="user", content=asked[0])]
         if not isinstance(chat, str) and not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and
                                                  isinstance(turn.get("content"), str) for turn in chat):
             rpo.fail(f"{path} line {number}: no prompt, instruction or turns of text, but {', '.join(row)}")
@@ -267,16 +268,17 @@ def play(outputs, judge, label, params, workers, path):
     """Every pair of models on every prompt -> rows in FastChat's pairwise layout, appended to `path` as they come."""
     data = pathlib.Path(path).read_bytes() if os.path.exists(path) else b""
     whole = data[:data.rfind(b"\n") + 1].decode("utf-8", "replace")  # killed within a line: that row is judged again
-    if data and not data.startswith(b'{"question_id"'):
+    if data[:14] != b'{"question_id"'[:len(data)]:
         rpo.fail(f"{path} holds something other than judgments: choose another --out")
-    kept, rows, todo = {row["id"]: row for row in read_rows(path, whole, id=(), g1_winner=(), g2_winner=())
-                        if "error" not in (row["g1_winner"], row["g2_winner"])} if whole else {}, [], []
+    old = read_rows(path, whole, id=(), g1_winner=(), g2_winner=(), judge=[label]) if whole else []
+    kept = {row["id"]: row for row in old if "error" not in (row["g1_winner"], row["g2_winner"])}
+    rows, todo = [], []
     for (a, b), key in itertools.product(itertools.combinations(sorted(outputs), 2), next(iter(outputs.values()))):
         row = dict(question_id=key[0], sample=key[1], turn=1, model_1=a, model_2=b, judge=label)
-        row["id"] = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([row, outputs[a][key], outputs[b][key], params])).hex
+        row["id"] = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps([row, outputs[a][key], outputs[b][key], *params])).hex
         rows.append(kept[row["id"]]) if row["id"] in kept else todo.append((row, outputs[a][key], outputs[b][key]))
-    if len(kept) > len(rows):
-        rpo.fail(f"{path} holds judgments of other answers or models, or by another judge: choose another --out")
+    if len(kept) > len(rows) or not {row[side] for row in old for side in ("model_1", "model_2")} <= outputs.keys():
+        rpo.fail(f"{path} holds judgments of other answers or models, or with other parameters: choose another --out")
     write_file(path, "".join(json.dumps(row) + "\n" for row in kept.values()))  # games without verdict are played again
     def game(job):
         row, first, second = job
@@ -305,10 +307,13 @@ def winrate(args):
     judges = args.judge == "gold", kind == "reward" and where, kind == "chat" and where.startswith("http")
     if 1 < len(outputs) == len(args.outputs) and any(judges) and not rows:
         judge = chat_judge(where, args) if kind == "chat" else reward_judge(where, args.dtype)
-        rows = play(outputs, judge, [args.judge_model or args.judge, "pair"], args.judge_params, args.workers if
-                    kind == "chat" else 1, args.out or
-                    os.path.join(os.path.dirname(args.outputs[0]), f"judgments_{kind}.jsonl"))
-    elif not rows or outputs or kind:
+        rows = play(outputs, judge, [args.judge_model or args.judge, "pair"],
+                    [args.judge_params] if args.judge_params and kind == "chat" else [],
+                    args.workers if kind == "chat" else 1,
+                    args.out or os.path.join(os.path.dirname(args.outputs[0]), f"judgments_{kind}.jsonl"))
+    elif rows and kind:
+        rpo.fail("--judge plays games, --judgments counts games that were played: give one of the two")
+    elif not rows:
         rpo.fail("winrate needs OUT of different models and --judge gold, reward:MODEL or chat:URL, or --judgments")
     names = list(outputs) or list(dict.fromkeys(row[side] for row in rows for side in ("model_1", "model_2")))
     chars = {name: f"{np.mean([len(side['answer']) for side in outputs[name].values()]):.0f}" for name in outputs}
@@ -330,13 +335,14 @@ def winrate(args):
     show_table(["percent, row against column", *names, "characters"], matrix)
     show_table(["\n", "win rate", "95% interval", "wins", "ties", "losses", "errors, left out", "prompts"], table)
     if all(row["g1_winner"] == "error" or row["g2_winner"] == "error" for row in rows):
-        rpo.fail(f"no row has two verdicts; the first says {rows[0].get('g1_judgment')!r:.300}")
+        failed = "g1_judgment" if rows[0]["g1_winner"] == "error" else "g2_judgment"
+        rpo.fail(f"no row has two verdicts; the first says {rows[0].get(failed)!r:.300}")
 
 def plot(args):
-    """chosen log-prob, gold reward and KL against step; mean and spread of runs whose names differ in -s<seed> alone"""
+    """chosen log-prob, gold reward and KL against step; mean and spread of runs whose paths differ in -s<seed> alone"""
     from matplotlib.figure import Figure
     settings, table, named = {}, [], {run: re.sub(r"-s\d+$", "", os.path.normpath(run)) for run in args.runs}
-    if pathlib.Path(args.out).suffix not in (".png", ".pdf", ".svg"):
+    if pathlib.Path(args.out).suffix.lower() not in (".png", ".pdf", ".svg"):
         rpo.fail(f"--out {args.out} is no .png, .pdf or .svg")
     for run in args.runs:
         files = [file for file in (f"{run}/prefs.jsonl", f"{run}/metrics.jsonl") if os.path.exists(file)]
@@ -376,7 +382,11 @@ def number(kind, low, high=float("inf")):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
+    parse.__name__ = kind.__name__  # for argparse's own complaint
     return parse
+
+def json_object(text):
+    return dict(json.loads(text))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -405,7 +415,7 @@ def main():
     add("outputs", nargs="*", metavar="OUT", help="files of generate, or any in AlpacaEval's layout")
     add("--judge", default="", help="gold (toy world), reward:HF_MODEL or chat:BASE_URL (key: OPENAI_API_KEY)")
     add("--judge_model", help="chat: the model to ask the server for")
-    add("--judge_params", type=lambda text: dict(json.loads(text)), default={},
+    add("--judge_params", type=json_object, default={},
         help="chat: a JSON object merged into each request; null removes a key")
     add("--judgments", nargs="+", default=[], help="or: files of FastChat's pairwise judgments to count")
     add("--out", help="judgments, gone on with (default: judgments_JUDGE.jsonl beside the first OUT)")

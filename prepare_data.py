@@ -66,26 +66,29 @@ def hh_turns(text):
             for turn in chat(content.strip(), "user" if role == "Human" else "assistant")]
 
 def unpacked(value):
-    """A cell of a CSV file may hold messages as JSON; printed in Python's way they are past reading."""
-    if not isinstance(value, str) or not re.match(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]""", value):
-        return value
+    """Messages that a cell of a CSV file holds as JSON -> messages; printed in Python's way they are past reading."""
+    key = "'(role|from|content|value)': "
+    if isinstance(value, str) and re.match(rf"\s*\[\{{{key}.*{key}", value):
+        raise ValueError(MALFORMED)
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        raise ValueError(MALFORMED) from None
+        return turns(json.loads(value)) if isinstance(value, str) and value.lstrip().startswith("[{") else value
+    except ValueError:  # JSON of another kind is an answer like any other
+        return value
 
-def convert(row):
-    """A row of any known layout (dict) -> its record; ValueError(reason) where it is to be dropped."""
+def convert(row, as_chat=False):
+    """A row of any known layout (dict) -> its record; ValueError(reason) where it is to be dropped. as_chat: strings
+    become messages."""
     sides = {side: unpacked(row.get(side)) for side in SIDES if row.get(side) or side != "baseline"}
     context = unpacked(row["prompt"] if row.get("prompt") is not None else row.get("conversations"))
     if not all(isinstance(value, (str, list, dict)) for value in (*sides.values(), "" if context is None else context)):
         raise ValueError(UNKNOWN)
     texts = all(isinstance(value, str) for value in sides.values())
     # Anthropic's dialogues as text may come with their prompt, which they then repeat
-    if texts and isinstance(context, str) and "\n\nHuman:" in "\n\n" + sides["chosen"].lstrip("\n") and all(
-            value.lstrip().startswith(context.strip()) for value in sides.values()):
+    if texts and isinstance(context, str) and ("Human:" in context or not context.strip()) and all(
+            value.lstrip().startswith(context.strip()) and "\n\nHuman:" in "\n\n" + value.lstrip("\n")
+            for value in sides.values()):
         context = None
-    if texts and isinstance(context, str) and "system" not in row:
+    if texts and isinstance(context, str) and not as_chat:
         prompt, answers = context, sides  # raw text stays as it is, to the last blank
     elif texts and context is None and "\n\nHuman:" not in "\n\n" + sides["chosen"].lstrip("\n"):
         raise ValueError(UNKNOWN)
@@ -122,12 +125,12 @@ def convert(row):
         raise ValueError(IDENTICAL)
     return {"prompt": prompt, **answers}
 
-def convert_all(rows, source):
+def convert_all(rows, source, as_chat=False):
     """Rows -> (records, Counter of the dropped by reason). Ends the program where nothing is left."""
     records, dropped, row = [], collections.Counter(), None
     for row in tqdm(rows, desc=f"convert {source}", unit=" rows", leave=False):
         try:
-            records.append(convert(row))
+            records.append(convert(row, as_chat))
         except ValueError as reason:
             dropped[str(reason)] += 1
     if row is None:
@@ -197,7 +200,7 @@ def read_source(source):
             train, test = names, []
         train = train or [n for n in names if n not in test]
         other_name = r"(^|[-_.])(test|valid|validation|eval|dev)[-_.]"
-        if os.path.isdir(source) and any(re.search(other_name, n) for n in train):
+        if len(train) > 1 and any(re.search(other_name, n) for n in train):
             fail(f"{source}: which of {', '.join(names)} is to train on? name that one train, another test")
         if left := [n for n in names if n not in train + test]:
             tqdm.write(f"{source}: not read: {', '.join(left)}")
@@ -508,9 +511,13 @@ def main(argv=None):
     if os.path.exists(out) and not os.path.isdir(out):
         fail(f"--out {out} is a file, not a folder")
     if not o.out and os.path.exists(f"{out}/meta.json"):  # another source of that name
-        with open(f"{out}/meta.json", encoding="utf-8") as f:
-            if (other := json.load(f)["source"]) != o.source:
-                fail(f"{out} holds what was made of {other}: name a folder with --out")
+        try:
+            with open(f"{out}/meta.json", encoding="utf-8") as f:
+                other = str(json.load(f)["source"])
+        except (OSError, ValueError, LookupError, TypeError):
+            other = "something else"
+        if other != o.source and os.path.realpath(other) != os.path.realpath(o.source):
+            fail(f"{out} holds what was made of {other}: name a folder with --out")
     if o.source == "toy":
         test_size = 2 * HELD_OUT if o.test_size is None else o.test_size
         meta, train, tokenizer = make_toy(out, o.limit or 1000, test_size, o.seed, o.sft_steps)
@@ -519,10 +526,13 @@ def main(argv=None):
         if os.path.realpath(o.source) in map(os.path.realpath, taken) and os.path.exists(o.source):
             fail(f"--out {out} would overwrite the source {o.source}: name another folder")
         rows, own_test = read_source(o.source)
-        records, dropped = convert_all(rows, o.source)
+        # a system prompt beside strings makes a chat of all such rows, lest some be messages and others bare text
+        both = itertools.chain(rows, own_test or ())
+        as_chat = any(row.get("system") and isinstance(row.get("chosen"), str) for row in both)
+        records, dropped = convert_all(rows, o.source, as_chat)
         read = len(records) + dropped.total()
         if own_test is not None:
-            own_test, more = convert_all(own_test, f"{o.source}, test split")
+            own_test, more = convert_all(own_test, f"{o.source}, test split", as_chat)
             dropped, read = dropped + more, read + len(own_test) + more.total()
         train, test = hold_out(records, own_test, o.limit, o.test_size, o.seed)
         arguments = {"limit": o.limit, "test_size": o.test_size, "seed": o.seed}

@@ -115,7 +115,7 @@ def text_of(prompt, response, tokenizer):
         return start
     # what the template writes behind the end-of-turn token, often a newline, is not for a model to learn
     text, content = tokenizer.apply_chat_template(prompt + response, tokenize=False), response[-1]["content"].strip()
-    end = max(text.find(content, len(start)), len(start) - len(content)) + len(content)  # a template may alter it
+    end = text.find(content, len(start)) + len(content)
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     stops = [(text.find(token, end), len(token)) for token in specials if token in text[end:]]
     return text[:sum(min(stops))] if stops else text[:end] + tokenizer.eos_token
@@ -378,8 +378,8 @@ def main():
     metrics_file, (folder, saved) = Path(o.out_dir, "metrics.jsonl"), newest_checkpoint(o.out_dir)
     if not o.resume and (saved or metrics_file.exists()):
         fail(f"{o.out_dir} holds a run: continue it with --resume, or choose another --out_dir")
-    tokenizer, pairs = load(AutoTokenizer, o.model), {}
-    if o.ref_model and load(AutoTokenizer, o.ref_model).get_vocab() != tokenizer.get_vocab():
+    tokenizer, known, pairs = load(AutoTokenizer, o.model), load(AutoTokenizer, o.ref_model or o.model).get_vocab(), {}
+    if any(known.get(token, i) != i for token, i in tokenizer.get_vocab().items()):
         fail(f"--ref_model {o.ref_model} has another vocabulary than {o.model}: log-ratios would mean nothing")
     for split in ("train", "test") if o.eval_every and os.path.exists(f"{o.data}/test.jsonl") else ("train",):
         pairs[split], counts = load_pairs(f"{o.data}/{split}.jsonl", tokenizer, o.max_length, o.max_prompt_length)
@@ -400,17 +400,17 @@ def main():
     shared = can_share(reference.model, longest) & (not o.ref_model or can_share(build(o.model).model, longest))
     say("rows: one a pair, its prompt shared" if shared else "rows: one a response, shared prompts are not exact here")
     weights = digest(weight.cpu().numpy() for weight in reference.requires_grad_(False).parameters())
-    fingerprint = f"{weights}-{of('train')}"
-    for name in [*list(vars(o))[:list(vars(o)).index("data")], "fingerprint"] if saved else ():
-        if (was := (saved | saved["options"]).get(name)) != (now := (vars(o) | dict(fingerprint=fingerprint))[name]):
+    facts = dict(fingerprint=of("train"), reference=weights)
+    for name in [*list(vars(o))[:list(vars(o)).index("data")], *facts] if saved else ():
+        if (was := (saved | saved["options"]).get(name, now := (vars(o) | facts)[name])) != now:
             fail(f"--resume: {name} was {was} in {folder}, now it is {now}; restore it, or change --out_dir")
     cache = Path(o.data, "ref_logps", f"{weights}-{of(*pairs)}-{o.dtype}{'-fsdp' * o.fsdp}.safetensors")
-    dist.all_reduce(known := torch.tensor(float(o.precompute_ref and cache.exists()), device=device))
+    dist.all_reduce(cached := torch.tensor(float(o.precompute_ref and cache.exists()), device=device))
     reference = shard(reference) if o.fsdp else reference
-    ref_logps = load_file(cache, device=str(device)) if known == WORLD_SIZE else {
+    ref_logps = load_file(cache, device=str(device)) if cached == WORLD_SIZE else {
         split: score(reference, some, o.max_tokens, 0, shared) for split, some in pairs.items()
         if o.precompute_ref or split == "test"}
-    if o.precompute_ref and RANK == 0 and known < WORLD_SIZE:
+    if o.precompute_ref and RANK == 0 and cached < WORLD_SIZE:
         cache.parent.mkdir(exist_ok=True)
         save_file(ref_logps, aside := f"{cache}.{os.getpid()}")  # other runs may be at the same
         os.rename(aside, cache)
@@ -456,7 +456,7 @@ def main():
             say(f"step {step:6d} " + " ".join(f"| {key} {metrics[key].mean():8.3f} " for key in SHOWN))
         if fresh and (step == stop or step and o.save_every and step % o.save_every == 0):
             save_checkpoint(f"{o.out_dir}/" + ("final" if step == stop else f"step_{step:06d}"), policy, tokenizer,
-                            optimizer, dict(step=step, options=vars(o), fingerprint=fingerprint, log_history=rows))
+                            optimizer, dict(step=step, options=vars(o), **facts, log_history=rows))
         if step >= stop:
             break
         start, (epoch, n) = time.perf_counter(), divmod(step, per_epoch)
@@ -479,7 +479,7 @@ def main():
         if not math.isfinite((loss := means["loss"]) + grad_norm):
             fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; kept {newest_checkpoint(o.out_dir)[0]}")
         off = means["loss/dpo"] - math.log(2)
-        if step == 0 and not o.ref_model and abs(off) > (1e-3 if o.dtype == "float32" else 0.05 + o.beta):
+        if step == 0 and not o.ref_model and abs(off) > (1e-3 if o.dtype == "float32" else 0.1):
             fail(f"loss/dpo starts {off:+.4f} away from log 2: policy and reference disagree before any training")
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, o)
         optimizer.step()

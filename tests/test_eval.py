@@ -768,6 +768,24 @@ def test_a_file_that_holds_no_judgments_is_never_touched(pair, tmp_path, capsys,
     assert path.read_text() == before
 
 
+def test_judgments_that_another_judge_left_are_kept(pair, tmp_path, capsys):
+    """Also where none has a verdict: rows without one are played again only for the judge and models that left them."""
+    row = dict(question_id=1, model_1="x", model_2="z", judge=["gold", "pair"], g1_winner="error", g2_winner="tie")
+    row["id"] = "1"
+    for change in (dict(), dict(model_2="y", judge=["other", "pair"])):
+        path = write_lines(tmp_path / "j.jsonl", [row | change])
+        refused(capsys, "winrate", *pair, "--judge", "gold", "--out", path)
+        assert [json.loads(line) for line in open(path)] == [row | change]
+
+
+def test_outputs_beside_judgments_show_their_lengths(pair, tmp_path, capsys):
+    row = dict(question_id=1, model_1="x", model_2="y", g1_winner="model_1", g2_winner="model_1")
+    path = write_lines(tmp_path / "j.jsonl", [row])
+    code, out, _ = run(capsys, "winrate", *pair, "--judgments", path)
+    assert code == 0 and re.search(r"(?m)^ *x +50.0 +100.0 +\d+$", out)
+    assert "one of the two" in refused(capsys, "winrate", *pair, "--judgments", path, "--judge", "gold")
+
+
 @pytest.mark.parametrize("judge", ["reward", "reward:", "chat", "chat:localhost:8000", "gold:", "golden"])
 def test_half_a_judge_is_none(pair, capsys, judge):
     assert "winrate needs" in refused(capsys, "winrate", *pair, "--judge", judge)

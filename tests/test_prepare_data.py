@@ -235,7 +235,6 @@ KEPT = [
             "messages": {"prompt": [U("q")], **ANSWERS},
         }.items()
     ),
-    ("a system column left empty", {"system": "", "prompt": "q", "chosen": "a", "rejected": "b"}, CHAT),
     *(
         (
             f"Anthropic's dialogues beside the prompt {prompt!r}",
@@ -258,7 +257,22 @@ KEPT = [
 
 @pytest.mark.parametrize("row, record", [case[1:] for case in KEPT], ids=[case[0] for case in KEPT])
 def test_layouts(row, record):
-    assert convert(row) == record
+    assert convert(row, as_chat=bool(row.get("system"))) == record
+
+@pytest.mark.parametrize(
+    "answer", ['{"role": "admin"}', '[{"role": "admin", "id": 3}]', '{"content": "x"}\nYes', "[{'a': 1}]"]
+)
+def test_an_answer_in_json_is_an_answer(answer):
+    row = {"prompt": "q", "chosen": answer, "rejected": "none"}
+    assert convert(row) == row
+
+def test_one_system_prompt_makes_a_chat_of_all_rows(tmp_path):
+    """Not of its own row alone: records of two kinds in one file would be two kinds of training."""
+    rows = [{"system": "be kind", **pair(0)}, pair(1), {"system": None, **pair(2)}]
+    main([put(tmp_path / "some.jsonl", jsonl(rows)), "--out", str(tmp_path / "some"), "--test_size", "0"])
+    assert [len(r["prompt"]) for r in records(tmp_path / "some/train.jsonl")] == [2, 1, 1]
+    main([put(tmp_path / "none.jsonl", jsonl([{"system": "", **pair(0)}])), "--out", str(tmp_path / "none")])
+    assert records(tmp_path / "none/train.jsonl") == [pair(0)]
 
 MALFORMED, EMPTY, IDENTICAL, UNKNOWN = (
     "malformed turns",
@@ -421,12 +435,14 @@ def test_parquet_of_messages(tmp_path):
     assert records(tmp_path / "out/train.jsonl") == [DEEP]
 
 def test_rows_of_different_layouts_in_one_file_and_counts(tmp_path, capsys):
-    rows = [case[1] for case in KEPT] + [case[1] for case in DROPPED] + [{"question": "?"}]
+    # without the case that turns every row of strings into a chat
+    kept = [case for case in KEPT if not (case[1].get("system") and isinstance(case[1].get("chosen"), str))]
+    rows = [case[1] for case in kept] + [case[1] for case in DROPPED] + [{"question": "?"}]
     main([put(tmp_path / "mixed.jsonl", jsonl(rows) + "\n"), "--out", str(tmp_path / "out"), "--test_size", "0"])
     meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert records(tmp_path / "out/train.jsonl") == [case[2] for case in KEPT]
+    assert records(tmp_path / "out/train.jsonl") == [case[2] for case in kept]
     assert (
-        meta["kept"] == {"train": len(KEPT), "test": 0}
+        meta["kept"] == {"train": len(kept), "test": 0}
         and meta["pairs read"] == len(rows)
         and meta["left out by limits"] == 0
     )
@@ -436,7 +452,7 @@ def test_rows_of_different_layouts_in_one_file_and_counts(tmp_path, capsys):
     }
     table = {line[:56].strip(): line[56:].strip() for line in capsys.readouterr().out.splitlines()}
     assert table["dropped, malformed turns"] == str(meta["dropped"][MALFORMED]) and table["kept, train"] == str(
-        len(KEPT)
+        len(kept)
     )
 
 def test_statistics_by_hand(tmp_path):
@@ -503,7 +519,9 @@ def test_default_folder_and_show(tmp_path, monkeypatch, capsys):
     before = records("data/mine/train.jsonl")
     put(tmp_path / "mine.json", jsonl([pair(7)]))
     refused(capsys, "data/mine holds what was made of mine.jsonl.gz: name a folder", "mine.json")
-    main(["mine.jsonl.gz"])  # the same source may be prepared anew
+    main(["./mine.jsonl.gz"])  # the same source may be prepared anew
+    (tmp_path / "data/mine/meta.json").write_text("[1]")  # what is this?
+    refused(capsys, "data/mine holds what was made of something else", "mine.jsonl.gz")
     assert records("data/mine/train.jsonl") == before
     (tmp_path / "here").mkdir()
     put(tmp_path / "here/train.jsonl", jsonl([pair(0)]))
@@ -585,6 +603,7 @@ def test_bad_arguments(tmp_path, capsys):
     os.rename(tmp_path / "empty/test.jsonl", tmp_path / "empty/my_test.jsonl")
     refused(capsys, "which of my_test.jsonl, my_train.jsonl is to train on", str(tmp_path / "empty"), "--out", out)
     os.remove(tmp_path / "empty/my_train.jsonl")
+    main([str(tmp_path / "empty"), "--out", str(tmp_path / "alone"), "--test_size", "0"])  # a file alone is no question
     os.rename(tmp_path / "empty/my_test.jsonl", tmp_path / "empty/test.jsonl")
     refused(capsys, "would overwrite the source", str(tmp_path / "empty"), "--out", str(tmp_path / "empty"))
     refused(capsys, "would overwrite the source", str(tmp_path / "empty/test.jsonl"), "--out", str(tmp_path / "empty"))
