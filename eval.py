@@ -345,7 +345,7 @@ def plot(args):
     if pathlib.Path(args.out).suffix.lower() not in (".png", ".pdf", ".svg"):
         rpo.fail(f"--out {args.out} is no .png, .pdf or .svg")
     for run in args.runs:
-        files = [file for file in (f"{run}/prefs.jsonl", f"{run}/metrics.jsonl") if os.path.exists(file)]
+        files = [file for file in (f"{run}/metrics.jsonl", f"{run}/prefs.jsonl") if os.path.exists(file)]
         rows = [row for file in files for row in read_rows(file, step=()) if row.keys() & COLUMNS]
         if not rows:
             rpo.fail(f"{run}: no evaluation in metrics.jsonl or prefs.jsonl; train with --eval_every, or run prefs")
