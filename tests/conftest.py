@@ -1,4 +1,5 @@
 """A tiny random model, pairs of unequal lengths, and two ways to run the trainer: in this process and on gloo ranks."""
+import itertools
 import json
 import os
 import random
@@ -115,12 +116,15 @@ for port, argv in json.loads(sys.argv[1]):
     rpo.main()
 """
 
+def port_is_free(port):
+    with socket.socket() as each:
+        return each.connect_ex(("127.0.0.1", port)) != 0
+
 def launch(ranks, folder, *runs):
     """Several runs of the trainer one after another in one torchrun, which takes seconds to start."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in runs]  # held together, so that the ports differ
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    # a free port for each, below those that a system gives to outgoing connections, such as those of the runs before
+    ports = (port for port in random.sample(range(10000, 32000), 1000) if port_is_free(port))
+    ports = list(itertools.islice(ports, len(runs)))
     driver = Path(folder, "driver.py")
     driver.write_text(DRIVER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]

@@ -781,7 +781,7 @@ def test_tied_embeddings(world, tmp_path):
     flags = ["--model", model, "--save_every", 0]
     done = launch(2, tmp_path, command(world, tmp_path / "fsdp", *flags, "--fsdp", "--max_steps", 4),
                   command(world, tmp_path / "fsdp", *flags, "--fsdp", "--resume"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-60000:]
     run(*command(world, tmp_path / "a", *flags))
     run(*command(world, tmp_path / "b", *flags, "--max_steps", 4))
     run(*command(world, tmp_path / "b", *flags, "--resume"))
@@ -1060,7 +1060,7 @@ def test_ranks_change_nothing(world, whole, tmp_path, ranks):
                   go("to_one", "--fsdp", "--no-precompute_ref", "--gradient_checkpointing", "--max_steps", 4),
                   go("from_one", "--fsdp", "--resume"), go("fsdp_to_ddp", "--fsdp", "--max_steps", 4),
                   go("fsdp_to_ddp", "--resume"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-60000:]
     run(*go("to_one", "--resume"))
     for name in ("ddp", "fsdp", "to_one", "from_one", "fsdp_to_ddp"):
         assert_same_run(tmp_path / name, whole)
@@ -1079,7 +1079,7 @@ def test_fsdp_in_bfloat16(world, whole, tmp_path):
     flags = ("--fsdp", "--dtype", "bfloat16", "--learning_rate", 1e-5)
     done = launch(2, tmp_path, command(world, tmp_path / "half", *flags),
                   command(world, tmp_path / "fly", *flags, "--no-precompute_ref"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-60000:]
     start, full = load_file(f"{world.model}/model.safetensors"), read_rows(whole)[1]
     for name in ("half", "fly"):
         row, weights = read_rows(tmp_path / name)[1], load_file(tmp_path / name / "final/model.safetensors")
