@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import rpo
-from prepare_data import gold_reward, well_formed
+from prepare_data import describe, gold_reward, well_formed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -104,6 +104,12 @@ def check_writable(path):
 def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
+def parse_json(where, text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {error}")
+
 def read_rows(path):
     """
     The objects of a file of JSON lines, or of one JSON list: [(where, object)], where names file
@@ -128,18 +134,13 @@ def read_rows(path):
         raise ValueError(f"{path} is empty")
     return rows
 
-def parse_json(where, text):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON: {error}")
-
 def print_table(title, header, rows, width=120):
     """Right-aligned columns under their header; a first column that is too wide loses its start."""
     rows = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
-    excess = sum(widths) + 2 * len(widths) - 2 - width
-    widths[0] -= min(max(excess, 0), max(widths[0] - 12, 0))
+    too_wide = sum(widths) + 2 * (len(widths) - 1) - width
+    if too_wide > 0:
+        widths[0] = max(widths[0] - too_wide, min(widths[0], 12))
     print(f"\n{title}")
     for first, *others in rows:
         first = first if len(first) <= widths[0] else "..." + first[3 - widths[0] :]
@@ -227,22 +228,27 @@ def as_chat(prompt):
     """A prompt as messages: bare text is what a user says."""
     return [user(prompt)] if isinstance(prompt, str) else prompt
 
-def parse_prompt(where, row):
-    """(prompt, further user turns) of a record, a FastChat question or an AlpacaEval row."""
-    if "question_id" in row and "turns" in row:
-        turns = row["turns"]
-        is_text = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
-        if not is_text or not turns:
-            raise ValueError(f"{where}: turns must be a list of texts, not {str(turns)[:80]!r}")
-        if not isinstance(row["question_id"], (int, str)):
-            raise ValueError(f"{where}: question_id {row['question_id']!r} is no number or text")
-        return [user(turns[0])], turns[1:]
+def is_question(row):
+    """Whether a row is a FastChat question, which may have several user turns."""
+    return "question_id" in row and "turns" in row
 
+def parse_question(where, row):
+    """(prompt, further user turns) of a FastChat question."""
+    turns = row["turns"]
+    is_text = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+    if not is_text or not turns:
+        raise ValueError(f"{where}: turns must be a list of texts, not {str(turns)[:80]!r}")
+    if not isinstance(row["question_id"], (int, str)):
+        raise ValueError(f"{where}: question_id {row['question_id']!r} is no number or text")
+    return [user(turns[0])], turns[1:]
+
+def parse_prompt(where, row):
+    """The prompt of a record or of an AlpacaEval row: messages or text."""
     prompt = row.get("prompt")
     if prompt is None and isinstance(row.get("instruction"), str):
         prompt = [user(row["instruction"])]
     if is_chat(prompt) or (prompt and isinstance(prompt, str)):
-        return prompt, []
+        return prompt
     keys = ", ".join(row)
     raise ValueError(f"{where} has no prompt, instruction or question_id and turns, but {keys}")
 
@@ -255,11 +261,13 @@ def load_prompts(path):
     file = f"{path}/test.jsonl" if os.path.isdir(path) else path
     found = {}
     for where, row in read_rows(file):
-        prompt, later = parse_prompt(where, row)
-        item = dict(question_id=None, prompt=prompt, later=later, category=row.get("category"))
+        item = dict(question_id=None, later=[], category=str(row.get("category")))
         item["dataset"] = row.get("dataset", Path(path).name)
-        if "turns" in row and "question_id" in row:
+        if is_question(row):
             item["question_id"] = row["question_id"]
+            item["prompt"], item["later"] = parse_question(where, row)
+        else:
+            item["prompt"] = parse_prompt(where, row)
         # a prompt of several pairs is asked once
         found[json.dumps(item)] = item
     prompts = list(found.values())
@@ -321,7 +329,7 @@ def prompt_ids(tokenizer, prompt):
 def sample_batch(sampler, prompts, max_new_tokens, temperature, top_p=1.0):
     """
     Prompts (messages or text) -> one answer each, a dict: prompt and response (token ids), text,
-    ended (whether the end of the turn came before the limit). temperature 0: greedy.
+    ended (whether the end of the turn came before the limit), error (""). temperature 0: greedy.
     """
     model, tokenizer = sampler
     limit = max_new_tokens or model.generation_config.max_new_tokens
@@ -344,7 +352,8 @@ def sample_batch(sampler, prompts, max_new_tokens, temperature, top_p=1.0):
         ends = [place for place, token in enumerate(row) if token in stops]
         response = row[: ends[0] + 1] if ends else row[:limit]
         text = tokenizer.decode(response, skip_special_tokens=True).strip()
-        answers.append(dict(prompt=prompt, response=response, text=text, ended=bool(ends)))
+        answer = dict(prompt=prompt, response=response, text=text, ended=bool(ends), error="")
+        answers.append(answer)
     return answers
 
 def sample(sampler, prompts, batch_size, max_new_tokens, temperature):
@@ -395,6 +404,22 @@ def open_server(base_url, model, params):
     )
     return Server(client, model or "default", params)
 
+def parse_reply(reply):
+    """The answer in the body of a server's reply, as ask returns it."""
+    try:
+        choice = json.loads(reply)["choices"][0]
+        content = choice["message"]["content"]
+        # some servers send an answer in parts
+        if isinstance(content, list):
+            content = "".join(part.get("text", "") for part in content)
+        text = masked(content).strip()
+        ended = choice.get("finish_reason") != "length"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        text = ""
+    if not text:
+        return dict(text="", ended=False, error=shortened(f"no answer: {reply}"))
+    return dict(text=text, ended=ended, error="")
+
 def ask(server, messages, **params):
     """
     One request -> {"text", "ended", "error"}. Where the server refuses this request (too long, not
@@ -417,22 +442,6 @@ def ask(server, messages, **params):
         words = shortened(f"{error} {error.__cause__ or ''}")
         raise ConnectionError(f"{server.client.base_url}: {words}") from None
     return parse_reply(reply)
-
-def parse_reply(reply):
-    """The answer in the body of a server's reply, as ask returns it."""
-    try:
-        choice = json.loads(reply)["choices"][0]
-        content = choice["message"]["content"]
-        # some servers send an answer in parts
-        if isinstance(content, list):
-            content = "".join(part.get("text", "") for part in content)
-        text = masked(content).strip()
-        ended = choice.get("finish_reason") != "length"
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        text = ""
-    if not text:
-        return dict(text="", ended=False, error=shortened(f"no answer: {reply}"))
-    return dict(text=text, ended=ended, error="")
 
 # ------------------------------------------------------------------------------------------------
 # judges: two answers to one prompt -> ("A", "B", "tie" or "error", the words of the judge)
@@ -501,14 +510,6 @@ def judge_by_chat(server, system, first, second):
         return "error", reply["error"]
     return parse_verdict(reply["text"]), reply["text"]
 
-def load_judge(o):
-    """The judge that --judge names: (first answer, second answer) -> (verdict, words)."""
-    kind, _, base_url = o.judge.partition(":")
-    if kind != "chat":
-        return partial(judge_by_score, load_score(o))
-    server = open_server(base_url, o.judge_model, o.judge_params)
-    return partial(judge_by_chat, server, judge_prompt(o))
-
 def judge_prompt(o):
     """What a chat judge is told: the text of --judge_prompt, or ours."""
     if o.judge_prompt is None:
@@ -517,6 +518,14 @@ def judge_prompt(o):
     if not text:
         raise ValueError(f"--judge_prompt {o.judge_prompt} is empty")
     return text
+
+def load_judge(o):
+    """The judge that --judge names: (first answer, second answer) -> (verdict, words)."""
+    kind, _, base_url = o.judge.partition(":")
+    if kind != "chat":
+        return partial(judge_by_score, load_score(o))
+    server = open_server(base_url, o.judge_model, o.judge_params)
+    return partial(judge_by_chat, server, judge_prompt(o))
 
 def judge_identity(o):
     """What the id of a judgment must depend on beside the answers."""
@@ -569,6 +578,10 @@ def mean_error(values):
         return values.mean().item(), 0.0
     return values.mean().item(), values.std(ddof=1).item() / math.sqrt(len(values))
 
+def mean_by_prompt(values):
+    """mean_error of two draws of each prompt, values (2N,): the two are not independent."""
+    return mean_error(np.reshape(values, (2, -1)).mean(0))
+
 def resamples(n):
     """Indices (2000, n) of bootstrap samples, the same at every call: reproducible intervals."""
     return np.random.default_rng(0).integers(n, size=(2000, n))
@@ -580,6 +593,14 @@ def log_probs(model, tokenizer, pairs, dtype):
         return rpo.score(module, pairs, max_tokens=8192, shared=False).cpu()
     except IndexError:
         raise ValueError("a pair has more tokens than the model has positions")
+
+def is_toy(data):
+    """Whether a data folder says that it is of the toy world, whose exact reward is known."""
+    file = Path(data, "meta.json")
+    if not file.exists():
+        return False
+    meta = parse_json(file, file.read_text(encoding="utf-8"))
+    return isinstance(meta, dict) and meta.get("source") == "toy"
 
 def own_samples(policy, reference, prompts, o):
     """{name: (value, error)} of two samples of each prompt: KL(policy || reference), toy gold."""
@@ -610,18 +631,6 @@ def own_samples(policy, reference, prompts, o):
         found["gold_greedy"] = mean_error(gold[2 * n :])
         found["well_formed"] = mean_by_prompt(formed)
     return found
-
-def mean_by_prompt(values):
-    """mean_error of two draws of each prompt, values (2N,): the two are not independent."""
-    return mean_error(np.reshape(values, (2, -1)).mean(0))
-
-def is_toy(data):
-    """Whether a data folder says that it is of the toy world, whose exact reward is known."""
-    file = Path(data, "meta.json")
-    if not file.exists():
-        return False
-    meta = parse_json(file, file.read_text(encoding="utf-8"))
-    return isinstance(meta, dict) and meta.get("source") == "toy"
 
 def read_state(folder):
     """The trainer's state beside a checkpoint, or None."""
@@ -663,7 +672,7 @@ def length_groups(lengths):
             groups[f"{low + 1}-{high}"] = mask
     return groups
 
-def measure(policy, reference, pairs, ref_logps, beta, o):
+def measure_pairs(policy, pairs, ref_logps, beta, o):
     """{group of lengths or "all": {"pairs": N, metric: [mean, error]}} of one checkpoint."""
     lengths = torch.tensor([len(pair["chosen"]) for pair in pairs])  # (N,)
     logps = log_probs(*policy, pairs, o.dtype)  # (N, 2)
@@ -678,8 +687,22 @@ def measure(policy, reference, pairs, ref_logps, beta, o):
             parts[group][PREFIX[o.split] + name] = mean_error(metrics[name][mask])
     return parts
 
-def flat_row(path, step, beta, parts, samples):
+def same_vocabulary(tokenizer, other):
+    """Whether no token has another id in the other vocabulary; either may have further tokens."""
+    known = other.get_vocab()
+    return all(known.get(token, i) == i for token, i in tokenizer.get_vocab().items())
+
+def measure(checkpoint, reference, pairs, ref_logps, prompts, o):
     """A row of prefs.jsonl: each metric under its name, its standard error under name_se."""
+    path, step, options = checkpoint
+    policy = load_sampler(path)
+    if not same_vocabulary(policy[1], reference[1]):
+        raise ValueError(f"{path} has another vocabulary than --ref_model {o.ref_model}")
+    beta = options.get("beta") or 0.1
+    if o.beta is not None:
+        beta = o.beta
+    parts = measure_pairs(policy, pairs, ref_logps, beta, o)
+    samples = own_samples(policy, reference, prompts, o) if prompts else {}
     row = dict(model=path, step=step, beta=beta, by_length=parts)
     for name, value in (parts["all"] | samples).items():
         if name != "pairs":
@@ -700,7 +723,8 @@ def print_prefs(run, rows, o):
         step = "-" if row["step"] is None else row["step"]
         table.append([step, *cells(found, columns)])
     titles = columns.values()
-    print_table(f"{run}: mean±standard error; log-probs in nats", ["step", *titles], table)
+    title = f"{run}: mean±standard error; log-probs in nats, -ref: minus the reference's"
+    print_table(title, ["step", *titles], table)
 
     parts = rows[-1]["by_length"]
     columns = {name: title for name, title in columns.items() if name in parts["all"]}
@@ -719,10 +743,7 @@ def prefs(o):
     if not os.path.exists(file):
         raise ValueError(f"there is no file {file}")
     reference = load_sampler(o.ref_model)
-    vocabulary = reference[1].get_vocab()
-    pairs, dropped = rpo.load_pairs(file, reference[1])
-    pairs = pairs[: o.pairs or None]
-    print(f"{file}: {len(pairs)} pairs, dropped {dict(dropped)}")
+    pairs = rpo.load_pairs(file, reference[1])[: o.pairs or None]
     ref_logps = log_probs(*reference, pairs, o.dtype)
     # samples of training prompts tell nothing new
     prompts = []
@@ -732,15 +753,10 @@ def prefs(o):
     for run in o.model:
         rows = []
         found = checkpoints(run, o.ref_model)
-        for path, step, options in found:
-            policy = load_sampler(path)
-            if policy[1].get_vocab() != vocabulary:
-                raise ValueError(f"{path} has another vocabulary than --ref_model {o.ref_model}")
-            beta = o.beta if o.beta is not None else options.get("beta") or 0.1
-            parts = measure(policy, reference, pairs, ref_logps, beta, o)
-            samples = own_samples(policy, reference, prompts, o) if prompts else {}
-            rows.append(flat_row(path, step, beta, parts, samples))
-            if found[0][0] != run:
+        for checkpoint in found:
+            rows.append(measure(checkpoint, reference, pairs, ref_logps, prompts, o))
+            # a run has step 0 at least beside its last checkpoint, a model is alone
+            if len(found) > 1:
                 write_file(f"{run}/{PREFS_FILE[o.split]}", json_lines(rows))
         print_prefs(run, rows, o)
 
@@ -799,6 +815,13 @@ def converse(reply, prompts):
             answers[k].append(answer)
     return answers
 
+def log_row(batch, answers):
+    """What the log keeps of the answers to a batch; token ids are not among it."""
+    kept = []
+    for turns in answers:
+        kept.append([{key: turn[key] for key in ("text", "ended", "error")} for turn in turns])
+    return dict(id=batch["id"], answers=kept)
+
 def answer_locally(sampler, o, batch):
     """A row of the log: the answers of a batch by the model that was loaded."""
     torch.manual_seed(batch["seed"])
@@ -807,11 +830,7 @@ def answer_locally(sampler, o, batch):
         how = o.max_new_tokens, batch["temperature"], o.top_p
         return sample_batch(sampler, chats, *how)
 
-    answers = converse(reply, batch["prompts"])
-    return dict(id=batch["id"], answers=[[kept(answer) for answer in turns] for turns in answers])
-
-def kept(answer):
-    return dict(text=answer["text"], ended=answer["ended"], error="")
+    return log_row(batch, converse(reply, batch["prompts"]))
 
 def answer_by_server(server, o, batch):
     """A row of the log: the answers of a batch by a chat server."""
@@ -821,7 +840,7 @@ def answer_by_server(server, o, batch):
     def reply(chats):
         return [ask(server, as_chat(chat), **params) for chat in chats]
 
-    return dict(id=batch["id"], answers=converse(reply, batch["prompts"]))
+    return log_row(batch, converse(reply, batch["prompts"]))
 
 def first_error(turns):
     """The server's words where one of a prompt's answers is missing, or ""."""
@@ -876,6 +895,16 @@ def load_answerer(o, prompts):
         raise ValueError(f"{o.model} has no chat template: it cannot be asked a second turn")
     return partial(answer_locally, sampler, o)
 
+def report_answers(out, path, answers):
+    ended = np.mean([answer["ended"] for answer in answers])
+    print(f"{out}: {len(answers)} answers, {ended:.0%} of them came to an end")
+    error = first_error(answers)
+    if not error:
+        os.remove(path)
+        return
+    missing = sum(bool(answer["error"]) for answer in answers)
+    print(f"{missing} answers are missing, the same command asks for them again; first: {error}")
+
 def generate(o):
     """
     Answers to prompts: AlpacaEval's model_outputs.json or, for FastChat's questions, its rows of
@@ -903,16 +932,6 @@ def generate(o):
         write_file(o.out, json_lines(fastchat_rows(prompts, answers, o.n, name)))
     report_answers(o.out, path, [answer for turns in answers.values() for answer in turns])
 
-def report_answers(out, path, answers):
-    ended = np.mean([answer["ended"] for answer in answers])
-    print(f"{out}: {len(answers)} answers, {ended:.0%} of them came to an end")
-    error = first_error(answers)
-    if not error:
-        os.remove(path)
-        return
-    missing = sum(bool(answer["error"]) for answer in answers)
-    print(f"{missing} answers are missing, the same command asks for them again; first: {error}")
-
 # ------------------------------------------------------------------------------------------------
 # winrate
 
@@ -929,16 +948,14 @@ def load_outputs(path):
         number = row.get("sample", 0)
         if not isinstance(number, int):
             raise ValueError(f"{where}: sample is no number but {str(number)[:80]!r}")
-        prompt = row.get("prompt", row["instruction"])
-        if not is_chat(prompt) and not isinstance(prompt, str):
-            raise ValueError(f"{where}: prompt is neither text nor messages")
-        question += number == 0
-        answers[question, number] = dict(
-            prompt=as_chat(prompt) if is_chat(prompt) else prompt,
-            text=row["output"],
-            ended=row.get("ended", True) is True,
-            error=str(row.get("error", "")),
-        )
+        prompt = parse_prompt(where, row)
+        if number == 0:
+            question += 1
+        elif answers.get((question, number - 1), {}).get("prompt") != prompt:
+            raise ValueError(f"{where}: sample {number} must follow {number - 1} of its prompt")
+        answer = dict(prompt=prompt, text=row["output"], error=str(row.get("error", "")))
+        answer["ended"] = row.get("ended", True) is True
+        answers[question, number] = answer
         names.add(row["generator"])
     if len(names) > 1:
         raise ValueError(f"{path} holds answers of several models: {', '.join(sorted(names))}")
@@ -1057,6 +1074,19 @@ def print_win_rates(rows, names, characters):
     header = ["", "win rate", "95% interval", "wins", "ties", "losses", "errors", "prompts"]
     print_table("each pair of models; rows with errors are left out", header, table)
 
+def play_games(outputs, o):
+    """The rows of all games that --judge decides."""
+    if len(outputs) < 2:
+        raise ValueError("winrate needs files of two models or more to play games")
+    kind = o.judge.partition(":")[0]
+    path = o.out or os.path.join(os.path.dirname(o.outputs[0]), f"judgments_{kind}.jsonl")
+    check_writable(path)
+    jobs = winrate_jobs(outputs, o)
+    done = earlier_rows(path, jobs)
+    work = partial(play, load_judge(o))
+    workers = o.workers if kind == "chat" else 1
+    return list(run_jobs(jobs, work, path, done, workers, "row").values())
+
 def winrate(o):
     """
     Win rates of every pair of models on the same prompts, with 95% intervals. A row is a win only
@@ -1087,19 +1117,6 @@ def winrate(o):
         game = "g1" if rows[0]["g1_winner"] == "error" else "g2"
         words = rows[0].get(f"{game}_judgment") or "nothing"
         raise ValueError(f"no row has its verdicts; the judge of the first says {words[:300]!r}")
-
-def play_games(outputs, o):
-    """The rows of all games that --judge decides."""
-    if len(outputs) < 2:
-        raise ValueError("winrate needs files of two models or more to play games")
-    kind = o.judge.partition(":")[0]
-    path = o.out or os.path.join(os.path.dirname(o.outputs[0]), f"judgments_{kind}.jsonl")
-    check_writable(path)
-    jobs = winrate_jobs(outputs, o)
-    done = earlier_rows(path, jobs)
-    work = partial(play, load_judge(o))
-    workers = o.workers if kind == "chat" else 1
-    return list(run_jobs(jobs, work, path, done, workers, "row").values())
 
 # ------------------------------------------------------------------------------------------------
 # label
@@ -1178,25 +1195,6 @@ def make_record(chosen, rejected, further):
         record["rejected"] = [assistant(rejected["text"])]
     return record | further
 
-def label_meta(records, groups, dropped, o):
-    """What meta.json says of the pairs; lengths are in characters."""
-    sides = {"chosen": [], "rejected": []}
-    for record in records:
-        for side, lengths in sides.items():
-            text = record[side] if isinstance(record[side], str) else record[side][0]["content"]
-            lengths.append(len(text))
-    longer = [c > r for c, r in zip(sides["chosen"], sides["rejected"]) if c != r]
-    arguments = dict(judge=o.judge, judge_model=o.judge_model, coin=o.coin, seed=o.seed)
-    return {
-        "source": f"eval.py label {o.outputs}",
-        "arguments": arguments,
-        "prompts read": len(groups),
-        "dropped": dict(sorted(dropped.items())),
-        "kept": {"train": len(records)},
-        "longer response is the chosen one": float(np.mean(longer)) if longer else None,
-        "characters": {side: {"mean": float(np.mean(n))} for side, n in sides.items()},
-    }
-
 def label(o):
     """
     Preference pairs from two or more samples of each prompt, a file of generate --n 2: the best
@@ -1209,12 +1207,12 @@ def label(o):
     path = f"{o.out}/judgments.jsonl"
     if os.path.exists(f"{o.out}/train.jsonl") and not os.path.exists(path):
         raise ValueError(f"--out {o.out} holds other pairs: choose another folder")
-    check_writable(path)
     groups = {}
     for (number, _), answer in load_outputs(o.outputs)[1].items():
         groups.setdefault(number, []).append(answer)
     if max(len(answers) for answers in groups.values()) < 2:
         raise ValueError(f"{o.outputs} has one answer a prompt, label needs generate --n 2 or more")
+    check_writable(path)
 
     jobs, dropped = label_jobs(groups, o)
     done = earlier_rows(path, jobs)
@@ -1233,7 +1231,9 @@ def label(o):
     if not records:
         raise ValueError(f"{o.outputs} makes no pair, dropped: {dict(dropped)}; see {path}")
     write_file(f"{o.out}/train.jsonl", json_lines(records))
-    meta = label_meta(records, groups, dropped, o)
+    arguments = dict(judge=o.judge, judge_model=o.judge_model, coin=o.coin, seed=o.seed)
+    source = f"eval.py label {o.outputs}"
+    meta = describe(source, arguments, len(groups), records, [], dropped)
     write_file(f"{o.out}/meta.json", json.dumps(meta, indent=2) + "\n")
     print(f"{o.out}/train.jsonl: {len(records)} pairs, dropped {dict(dropped)}")
 
@@ -1295,10 +1295,10 @@ def draw(settings, panels):
     """A figure with a panel for each metric, readable when it is 700 pixels wide."""
     from matplotlib.figure import Figure
 
-    columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.7 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    width = min(2, len(panels))
+    height = math.ceil(len(panels) / width)
+    figure = Figure(figsize=(3.6 * width, 2.7 * height + 0.5), layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis, metric in zip(axes, panels):
@@ -1315,12 +1315,31 @@ def draw(settings, panels):
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     # below the panels, where it hides no line
-    handles = {}
+    lines = {}
     for axis in axes:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    how = dict(loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
-    figure.legend(handles.values(), handles.keys(), **how)
+        lines |= {line.get_label(): line for line in axis.lines}
+    how = dict(loc="outside lower center", ncols=min(4, len(lines)), frameon=False, fontsize=9)
+    figure.legend(lines.values(), lines.keys(), **how)
     return figure
+
+def print_ends(settings, known):
+    """The last values of all curves: mean±standard deviation over the runs of a setting."""
+    titles = {PREFIX["test"] + name: title for name, title in PAIR_METRICS.items()}
+    titles |= SAMPLE_METRICS
+    titles = {name: title for name, title in titles.items() if name in known and title in AT_END}
+    table = []
+    for name, seeds in settings.items():
+        line = [name, len(seeds)]
+        for metric in titles:
+            curve = mean_curve(seeds, metric)
+            if curve is None:
+                line.append("-")
+            elif len(seeds) > 1:
+                line.append(f"{curve[1][-1]:.2f}±{curve[2][-1]:.2f}")
+            else:
+                line.append(f"{curve[1][-1]:.2f}")
+        table.append(line)
+    print_table("at the end, mean±sd over runs", ["setting", "runs", *titles.values()], table)
 
 def plot(o):
     """
@@ -1347,25 +1366,6 @@ def plot(o):
     figure = draw(settings, panels)
     figure.savefig(o.out, dpi=200)
     print_ends(settings, known)
-
-def print_ends(settings, known):
-    """The last values of all curves: mean±standard deviation over the runs of a setting."""
-    titles = {PREFIX["test"] + name: title for name, title in PAIR_METRICS.items()}
-    titles |= SAMPLE_METRICS
-    titles = {name: title for name, title in titles.items() if name in known and title in AT_END}
-    table = []
-    for name, seeds in settings.items():
-        line = [name, len(seeds)]
-        for metric in titles:
-            curve = mean_curve(seeds, metric)
-            if curve is None:
-                line.append("-")
-            elif len(seeds) > 1:
-                line.append(f"{curve[1][-1]:.2f}±{curve[2][-1]:.2f}")
-            else:
-                line.append(f"{curve[1][-1]:.2f}")
-        table.append(line)
-    print_table("at the end, mean±sd over runs", ["setting", "runs", *titles.values()], table)
 
 # ------------------------------------------------------------------------------------------------
 # the command line
@@ -1531,8 +1531,12 @@ def run(argv=None):
         if "RPO_TRACEBACK" in os.environ:
             raise
         # the words of our own errors stand for themselves
-        name = "" if type(error) in (ValueError, ConnectionError) else f"{type(error).__name__} "
-        tqdm.write(f"error: {shortened(f'{name}{error}', 700)}", file=sys.stderr)
+        text = str(error)
+        if type(error) not in (ValueError, ConnectionError):
+            text = f"{type(error).__name__} {error}"
+        if isinstance(error, KeyboardInterrupt):
+            text = "interrupted; generate, winrate and label go on where they stopped"
+        tqdm.write(f"error: {shortened(text, 700)}", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":
