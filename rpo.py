@@ -1,499 +1,499 @@
-"""
-RPO: Regularized Preference Optimization (Liu et al., NeurIPS 2024, arXiv 2405.16436), the whole trainer in one file.
+"""RPO, Regularized Preference Optimization (Liu et al., NeurIPS 2024, arXiv 2405.16436), in one file.
 
-    python prepare_data.py && torchrun rpo.py                            # RPO in a toy world, a minute on a laptop
-    torchrun rpo.py --eta 0 --out_dir out/toy-dpo                        # DPO; --beta 0 --sft mean --eta 1 is SFT
-    torchrun --nproc_per_node 8 rpo.py --recipe zephyr-beta              # the paper's run on eight GPUs
+$ python prepare_data.py && python rpo.py                            # RPO in a toy world
+$ python rpo.py --eta 0 --out_dir out/dpo                            # DPO
+$ torchrun --nproc_per_node 8 rpo.py --model ...                     # on eight GPUs
 
-From DPO to RPO it is one term. With h = (log pi(y_w|x) - log ref(y_w|x)) - (log pi(y_l|x) - log ref(y_l|x)), y_w the
-chosen and y_l the rejected response, log-probs summed over a response's tokens, end-of-turn token included, the loss is
-    --sft sum    -log sigmoid(beta h) + eta beta (-log pi(y_w|x))            Algorithm 2 of the paper
-    --sft mean   -log sigmoid(beta h) + eta      (-log pi(y_w|x) / |y_w|)    Appendix F
-averaged over the pairs of a step, all ranks together (tests/test_theory.py shows where the SFT term comes from).
-The way of a pair: tokenize_pair, global_batches, micro_batches, collate, PairLogps, rpo_loss.
-"""
-import argparse, atexit, collections, gc, hashlib, importlib.util, json, math, os, resource, shutil, sys, time
+RPO differs from DPO by one term. With x a prompt, y_w its chosen and y_l its rejected response,
+    h = log pi(y_w|x) / ref(y_w|x)  -  log pi(y_l|x) / ref(y_l|x)
+and the loss of one pair is
+    --sft sum    -log sigmoid(beta * h) - eta * beta * log pi(y_w|x)      (Algorithm 2)
+    --sft mean   -log sigmoid(beta * h) - eta * log pi(y_w|x) / |y_w|     (averaged form)
+A step descends its mean over the global batch, however many micro-batches and ranks share it.
+
+One pair's way: 1) tokenize_pair  2) micro_batches  3) collate  4) PairLogps  5) rpo_loss"""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
-from jinja2 import TemplateError
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from datasets import load_dataset
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS, causal_mask_function
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-SIDES = ("chosen", "rejected", "baseline")  # baseline is optional: what SFT imitates in place of the chosen response
-METRICS = ("loss loss/dpo loss/sft rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen "
-           "logps/rejected logps/chosen_vs_ref logps/rejected_vs_ref nll_per_token").split()
-SHOWN = "loss", "rewards/margins", "rewards/accuracies", "logps/chosen_vs_ref"  # in the terminal
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-say = tqdm.write if RANK == 0 else lambda message: None
-PAPER = dict(beta=0.01, eta=0.005, sft="sum", learning_rate=5e-7, lr_scheduler="cosine", warmup_ratio=0.1, epochs=1,
-             batch_size=128, max_length=1024, max_prompt_length=512, seed=42, dtype="bfloat16")
-GEMMA = PAPER | dict(model="HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", data="data/dpo-mix-7k", beta=0.05, epochs=2)
-RECIPES = {"zephyr-beta": PAPER | dict(model="HuggingFaceH4/mistral-7b-sft-beta", data="data/ultrafeedback"),
-           "zephyr-gemma": GEMMA, "zephyr-gemma-mean": GEMMA | dict(beta=0.5, eta=0.2, sft="mean", max_prompt_length=0)}
+@dataclass
+class Options:
+    model: str = HfArg(default="data/toy/model", help="policy at the start: folder or hub name")
+    ref_model: str = HfArg(default="", help="reference; empty: --model as it is before training")
+    data: str = HfArg(default="data/toy", help="folder with train.jsonl and perhaps test.jsonl")
+    beta: float = HfArg(default=0.1, help="pull to the reference; 0 with --sft mean: SFT alone")
+    eta: float = HfArg(default=0.5, help="weight of the SFT term; 0: DPO")
+    sft: Literal["sum", "mean"] = HfArg(default="sum", help="form of the SFT term, see rpo_loss")
+    batch_size: int = HfArg(default=16, help="pairs of an optimizer step, over all ranks")
+    max_length: int = HfArg(default=1024, help="tokens; longer pairs are dropped, never cut")
+    max_prompt_length: int = HfArg(default=512, help="tokens; longer prompts are cut on the left")
+    epochs: int = HfArg(default=10, help="passes over the pairs")
+    learning_rate: float = HfArg(default=5e-4, help="peak; about 5e-7 for a 7B model")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the steps in which the rate rises")
+    weight_decay: float = HfArg(default=0.0, help="of AdamW, on all weights")
+    grad_clip: float = HfArg(default=1.0, help="largest gradient norm; inf: no clipping")
+    dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="of computation")
+    seed: int = HfArg(default=42, help="of the order of the pairs, the only random draw")
+    out_dir: str = HfArg(default="out/toy-rpo", help="for metrics.jsonl and checkpoints")
+    max_tokens: int = HfArg(default=8192, help="tokens of a rank's micro-batch: sets the memory")
+    max_steps: int = HfArg(default=0, help="stop early, on the schedule of all epochs; 0: do not")
+    eval_every: int = HfArg(default=100, help="steps between evaluations; 0: none")
+    save_every: int = HfArg(default=0, help="steps between checkpoints; 0: the last only")
+    resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --out_dir")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, more time")
 
-def parse_options(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    def add(name, default, text, **how):
-        how |= dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
-        parser.add_argument("--" + name, default=default, help=f"{text} (default: {default})", **how)
-    add("model", "data/toy/model", "policy at the start: Hugging Face folder or hub name")
-    add("ref_model", "", "reference policy: folder or hub name; empty: --model as it is before training")
-    add("beta", 0.1, "strength of the pull to the reference; 0 with --sft mean: SFT only")
-    add("eta", 0.5, "weight of the SFT term; 0: DPO")
-    add("sft", "sum", "SFT term: eta * beta * summed NLL, or eta * mean NLL per token", choices=("sum", "mean"))
-    add("batch_size", 16, "pairs per optimizer step, over all ranks")
-    add("max_length", 1024, "tokens of prompt + response, pairs beyond are dropped and counted; 0: no limit")
-    add("max_prompt_length", 512, "tokens of the prompt, cut from the left; 0: no limit")
-    add("epochs", 10, "passes over the pairs; the schedule is planned on them")
-    add("learning_rate", 5e-4, "peak learning rate of AdamW; about 5e-7 for a 7B model")
-    add("lr_scheduler", "cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
-    add("warmup_ratio", 0.1, "share of the planned steps in which the learning rate rises")
-    add("weight_decay", 0.0, "of AdamW, on all weights")
-    add("grad_clip", 1.0, "largest gradient norm; 0: no clipping")
-    add("dtype", "float32", "bfloat16: computed so, weights kept in float32", choices=("float32", "bfloat16"))
-    add("seed", 42, "of the order of pairs, the only random draw in training")
-    add("data", "data/toy", "folder with train.jsonl and, for evaluation, test.jsonl")  # --resume keeps all above
-    add("out_dir", "out/toy-rpo", "folder of this run: metrics.jsonl, step_000100/, final/; with --recipe out/RECIPE")
-    add("max_tokens", 8192, "tokens of a micro-batch of one rank, padding included: sets the memory")
-    add("max_steps", 0, "stop after this many steps, on the schedule of all epochs; 0: do not stop early")
-    add("attn", "sdpa", "attention code", choices=("sdpa", "eager", *["flex_attention"] * torch.cuda.is_available()))
-    add("compile", False, "torch.compile of each decoder layer: slow to start, then faster on a GPU")
-    add("fsdp", False, "shard weights, gradients and optimizer over the ranks (FSDP2); else each has all (DDP)")
-    add("gradient_checkpointing", False, "recompute activations in backward: less memory, more time")
-    add("precompute_ref", True, "reference log-probs once, cached in DATA/ref_logps; else keep it in memory")
-    add("eval_every", 100, "steps between evaluations on test.jsonl, also done at the start and end; 0: none")
-    add("save_every", 0, "steps between checkpoints; 0: final/ only")
-    add("resume", False, "continue from the newest complete checkpoint in out_dir, start afresh if none")
-    add("tracker", "none", "also log to this tracker, which must be installed", choices=("none", "wandb", "trackio"))
-    add("recipe", "", "the paper's settings, which other flags override, see RECIPES", choices=tuple(RECIPES))
-    if recipe := parser.parse_args(argv).recipe:
-        parser.set_defaults(out_dir=f"out/{recipe}", **RECIPES[recipe])
-    o = parser.parse_args(argv)
-    for name, value in vars(o).items():
-        if isinstance(value, (int, float)) and not value >= (least := name in ("batch_size", "epochs", "max_tokens")):
-            fail(f"--{name} {value}: must be {least:d} or more")
-    if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
-        fail("with --beta 0 this loss is a constant; SFT alone is --beta 0 --sft mean --eta 1")
-    if o.tracker != "none" and not importlib.util.find_spec(o.tracker):
-        fail(f"--tracker {o.tracker}: pip install {o.tracker} first")
-    return o
-
-def fail(message):
-    """Bad input ends in one line on stderr and exit code 2."""
-    time.sleep(2 * (RANK > 0))  # rank 0 mostly has the same complaint; torchrun then ends this rank before it speaks
-    tqdm.write(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-def load(auto_class, path, **kwargs):
-    try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except Exception as error:  # a file that is missing, cut short, or of another kind: each fails in its own type
-        fail(f"cannot load {path} ({' '.join(str(error).split())[:200]}); python prepare_data.py makes the toy's model")
-
-def load_model(path, attn="sdpa", checkpointing=False):
-    """A causal language model with float32 weights and no dropout, which would make the log-ratio a random number."""
-    config = load(AutoConfig, path)
-    config.update({name: 0.0 for name in vars(config) if "dropout" in name or name.endswith("pdrop")})
-    model = load(AutoModelForCausalLM, path, config=config, dtype=torch.float32, attn_implementation=attn)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    return model
-
-def text_of(prompt, response, tokenizer):
-    """The text that generation starts from (response None), or that of both up to and with the end-of-turn token."""
-    if isinstance(prompt, str):
-        return prompt + (response + (tokenizer.eos_token or fail("the tokenizer has no EOS")) if response else "")
-    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    if response is None:
-        return start
-    # what the template writes behind the end-of-turn token, often a newline, is not for a model to learn
-    text, content = tokenizer.apply_chat_template(prompt + response, tokenize=False), response[-1]["content"].strip()
-    end = text.find(content, len(start)) + len(content)
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    stops = [(text.find(token, end), len(token)) for token in specials if token in text[end:]]
-    return text[:sum(min(stops))] if stops else text[:end] + tokenizer.eos_token
-
-def encode(text, tokenizer, raw):
-    """Token ids, a list. A template writes its own special tokens; raw text gets the BOS of the tokenizer, once."""
-    ids, bos = tokenizer(text, add_special_tokens=False).input_ids, tokenizer.bos_token_id
-    return [bos] + ids if raw and tokenizer("a").input_ids[:1] == [bos] != ids[:1] else ids
-
-def tokenize_pair(record, tokenizer, max_length=0, max_prompt_length=0):
-    """A record -> {"prompt": ids, "chosen": ids, "rejected": ids[, "baseline": ids][, "cut": tokens the prompt lost]},
-    each response with its one end-of-turn token; or the reason (str) to drop it. Raises on what is no such record."""
-    prompt, raw, bos = record["prompt"], isinstance(record["prompt"], str), tokenizer.bos_token_id
-    responses = {side: record[side] for side in SIDES if side != "baseline" or record.get(side)}
-    if not all((response if raw else response[-1]["content"]).strip() for response in responses.values()):
-        return "empty response"
-    try:
-        start = text_of(prompt, None, tokenizer)
-        texts = {side: text_of(prompt, response, tokenizer) for side, response in responses.items()}
-    except TemplateError as error:
-        return f"chat template: {error}"
-    prompt_ids, *ids = (encode(text, tokenizer, raw) for text in (start, *texts.values()))
-    # where a token spans the boundary the prompt ends before it, for every side: no text is lost (trl#2054)
-    n = next((i for i, column in enumerate(zip(prompt_ids, *ids)) if len(set(column)) > 1), len(prompt_ids))
-    answers = {side: some[n:] for side, some in zip(texts, ids)}
-    pair = {"prompt": prompt_ids[:n], **answers}
-    if 0 < max_prompt_length < n:
-        keep = 1 if prompt_ids[0] == bos else 0  # models lean on their first token: BOS stays
-        pair.update(prompt=prompt_ids[:keep] + prompt_ids[n - max_prompt_length + keep:n], cut=n - max_prompt_length)
-    drop = {"empty prompt": n == 0, "two BOS tokens": bos is not None and prompt_ids[:2] == [bos, bos],
-            "prompt rendered differently when alone": not all(text.startswith(start) for text in texts.values()),
-            "end-of-turn token inside the response": any(a.count(a[-1]) > 1 for a in answers.values() if a),
-            # not cut: a response without its end-of-turn token would teach SFT never to stop
-            "longer than max_length": 0 < max_length < len(pair["prompt"]) + max(map(len, answers.values()))}
-    return next((reason for reason, holds in drop.items() if holds), pair)
-
-def load_pairs(path, tokenizer, max_length=0, max_prompt_length=0):
-    """The pairs of a jsonl file, ids as int32 arrays, and a Counter of those dropped, by reason, and of prompts cut."""
-    if not os.path.isfile(path):
-        fail(f"no file {path}; python prepare_data.py makes the toy world, python prepare_data.py SOURCE other data")
-    pairs, counts = [], collections.Counter()
-    for number, line in enumerate(tqdm(open(path, "rb"), f"tokenize {path}", disable=RANK > 0), 1):
-        try:
-            pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            fail(f"{path} line {number} is no pair of prompt, chosen, rejected: {type(error).__name__} {error}")
-        counts[f"dropped: {pair}" if isinstance(pair, str) else "prompts cut" if "cut" in pair else "whole"] += 1
-        pairs += [{key: np.array(ids, np.int32) for key, ids in pair.items()}] if isinstance(pair, dict) else []
-    if not pairs:
-        fail(f"{path} has no pair left ({dict(counts) or 'it is empty'})")
-    if any("baseline" in pair for pair in pairs):  # then every pair has one: its chosen response where none is given
-        pairs = [{"baseline": pair["chosen"], **pair} for pair in pairs]
-    return pairs, counts
-
-def show_pair(pair, tokenizer):
-    """The pair as text, a bar before each scored token: what the model will be taught, to be looked at once a run."""
-    texts = {side: "".join("|" + tokenizer.decode([token]) for token in pair[side]) for side in SIDES if side in pair}
-    return "\n".join(f"{key:9s} {text}" for key, text in {"prompt": tokenizer.decode(pair["prompt"]), **texts}.items())
-
-def global_batches(n, batch_size, seed, epoch):
-    """The steps of an epoch, lists of pair indices, from (seed, epoch) alone: all ranks draw the same permutation."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
-    return [order[i:i + batch_size] for i in range(0, n, batch_size)]  # the last may be smaller, its mean is its own
-
-def micro_batches(batch, lengths, max_tokens, rank=0, world_size=1):
-    """This rank's share of a batch, by falling length, in runs whose padded rows fit max_tokens: (indices, weight).
-    Ranks deal out runs of neighbours, so all make equally many passes; one left without gets a stand-in of weight 0."""
-    batch = sorted(batch, key=lambda i: -lengths[i])  # the longest first: running out of memory shows at once
-    while batch:
-        rows = max(1, max_tokens // lengths[batch[0]]) * world_size
-        run, batch = batch[:rows], batch[rows:]
-        yield run[rank::world_size] or run[:1], float(rank < len(run))
-
-def row_length(pair, shared):
-    """Tokens that a pair brings to a micro-batch: one row, or as many rows as responses, padded to the longest."""
-    prompt, responses = len(pair["prompt"]), [len(pair[side]) for side in SIDES if side in pair]
-    return prompt + sum(responses) if shared else len(responses) * (prompt + max(responses))
-
-def collate(pairs, pad_token_id, shared=True):
-    """B pairs of K = 2 or 3 responses -> tensors, in R rows of T tokens: a prompt and all responses if shared, or one.
-    (R, T): input_ids, attention_mask; position_ids, each response goes on from the prompt; branch, 0 prompt, 1 chosen,
-    2 rejected, 3 baseline, -1 padding. (N,), of all response tokens: target; row, place predicting it; pair, side."""
-    rows, sides = [], [side for side in SIDES if side in pairs[0]]
-    for b, pair in enumerate(pairs):
-        for some in [range(len(sides))] if shared else [[k] for k in range(len(sides))]:
-            parts = [pair["prompt"], *(pair[sides[k]] for k in some)]
-            P, sizes = len(parts[0]), [len(part) for part in parts]
-            position = np.concatenate([np.arange(P), *(np.arange(P, P + size) for size in sizes[1:])])
-            branch = np.repeat([0, *(k + 1 for k in some)], sizes)
-            place = np.where(position == P, P, np.arange(len(position))) - 1  # each first token: at the prompt's end
-            rows.append((np.concatenate(parts).astype(int), position, branch, place, np.full(len(position), b)))
-    stack = lambda i, fill: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[i]) for row in rows], True, fill)
-    ids, position, branch, place, pair = map(stack, range(5), (pad_token_id, 0, -1, 0, 0))  # (R, T) each
-    at = (branch > 0).nonzero(as_tuple=True)  # (N,) rows, (N,) columns
-    batch = dict(input_ids=ids, attention_mask=(branch >= 0).long(), row=at[0], place=place[at], target=ids[at],
-                 pair=pair[at], side=branch[at] - 1, logps=torch.zeros(len(pairs), len(sides)))
-    return batch | dict(position_ids=position, branch=branch) if shared else batch
-
-SHARED_ROWS = {}  # position_ids and branch (R, T) of the shared rows under way
-def share_prompts(build_mask):
-    """Wraps a mask builder of transformers: a token sees its prompt and its branch, and within them what the model's
-    own rule (causal, sliding window, chunks) says of their positions, never of their places in the row."""
-    def build(*args, mask_function=causal_mask_function, **kwargs):
-        position, branch = SHARED_ROWS.get("position_ids"), SHARED_ROWS.get("branch")
-        def rule(b, head, q, k):
-            kin = (branch[b, k] == 0) | (branch[b, k] == branch[b, q])
-            return kin & mask_function(b, head, position[b, q], position[b, k])
-        shared = dict(mask_function=rule, allow_is_causal_skip=False) if SHARED_ROWS else {}
-        return build_mask(*args, **dict(mask_function=mask_function) | kwargs | shared)
-    return build
-MASKS.update({name: share_prompts(MASKS[name]) for name in ("sdpa", "eager", "flex_attention")})
-
-class TokenLogps(torch.autograd.Function):
-    """hidden (N, D), weight (V, D), target (N,) -> log softmax(cap(hidden @ weight.T))[target] (N,), float32. Logits
-    are of n positions at a time, all but n computed again in backward: no (R, T, V) exists; one gradient of weight."""
-    @staticmethod
-    def logits(ctx, i, hidden, weight):  # (n, V) from position i on, computed unless the buffer still holds them
-        logits = ctx.buffer[:len(hidden) - i]  # one for all chunks: on a CPU new memory comes page by page, zeroed
-        if ctx.held != i:
-            torch.mm(hidden[i:i + ctx.n], weight.T, out=logits)
-        ctx.held = i
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # near -300 bfloat16 steps by 2 nats
-        return ctx.cap * torch.tanh(logits / ctx.cap) if ctx.cap else logits
-    @staticmethod
-    def forward(ctx, hidden, weight, target, cap, n):
-        ctx.save_for_backward(hidden, weight, target)
-        ctx.cap, ctx.n, ctx.held, ctx.buffer = cap, n, None, hidden.new_empty(min(n, len(hidden)), len(weight))
-        logps = [-F.cross_entropy(TokenLogps.logits(ctx, i, hidden, weight), target[i:i + n], reduction="none")
-                 for i in reversed(range(0, len(hidden), n))]  # backward begins with the chunk that is still there
-        return torch.cat(logps[::-1])
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, target = ctx.saved_tensors
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
-        for i in range(0, len(hidden), ctx.n):
-            h, y, g = (some[i:i + ctx.n] for some in (hidden, target[:, None], grad[:, None]))
-            logits = TokenLogps.logits(ctx, i, hidden, weight)
-            d_logits = logits.softmax(-1).mul_(-g).scatter_add_(1, y, g)  # d logp_y / d logits = onehot(y) - p
-            d_logits = (d_logits * (1 - (logits / ctx.cap)**2) if ctx.cap else d_logits).to(h.dtype)
-            torch.mm(d_logits, weight, out=d_hidden[i:i + ctx.n])
-            d_weight = d_weight.addmm_(d_logits.T, h) if h.dtype == grad.dtype else d_weight.add_(d_logits.T @ h)
-        return d_hidden, d_weight, None, None, None
-
-class PairLogps(torch.nn.Module):
-    """forward(batch) -> (B, K) summed log-probs [chosen, rejected(, baseline)], float32; what DDP and FSDP wrap."""
-    def __init__(self, model, dtype=torch.float32):
-        super().__init__()
-        self.model, self.dtype, self.config = model, dtype, model.config.get_text_config()
-        self.layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    def forward(self, batch):
-        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-        with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            try:
-                SHARED_ROWS.update({name: batch[name] for name in ("position_ids", "branch") if name in batch})
-                hidden = getattr(self.model, "model", self.model.base_model)(**inputs, use_cache=False)[0]  # (R, T, D)
-            finally:
-                SHARED_ROWS.clear()
-        of, head = lambda name: getattr(self.config, name, None), self.model.get_output_embeddings()
-        dtype, weight = hidden.dtype if self.dtype == torch.float32 else self.dtype, head.weight  # (V, D)
-        hidden = hidden[batch["row"], batch["place"]] * (of("logit_scale") or 1) / (of("logits_scaling") or 1)  # (N, D)
-        if getattr(head, "bias", None) is not None:  # is one more column
-            hidden, weight = F.pad(hidden, (0, 1), value=1), torch.cat([weight, head.bias[:, None]], 1)
-        n = max(1, 2**(24 if hidden.is_cuda else 23) // len(weight))
-        logps = TokenLogps.apply(hidden.to(dtype), weight.to(dtype), batch["target"], of("final_logit_softcapping"), n)
-        return logps.new_zeros(batch["logps"].shape).index_put((batch["pair"], batch["side"]), logps, accumulate=True)
+SHOWN = ("eval/loss", "eval/loss/dpo", "eval/rewards/accuracies", "eval/logps/chosen_vs_ref")
+RESUME_MAY_CHANGE = ("data", "out_dir", "max_tokens", "max_steps", "eval_every", "save_every", "resume",
+                     "gradient_checkpointing")
 
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
-    """The objective of arXiv 2405.16436. policy_logps, ref_logps (B, 2): summed log-probs of [chosen, rejected], nats.
-    chosen_lengths (B,): tokens of the response SFT imitates, the chosen one unless baseline_logps (B,) names another.
-    Returns losses (B,), whose mean over the global batch is to be minimised, and {key of METRICS: (B,)}, detached."""
+    """5) The loss of each pair (B,), to be averaged over the global batch, and metrics {name: (B,)}.
+
+    policy_logps, ref_logps (B, 2): summed log-probs, in nats, of [chosen, rejected].
+    chosen_lengths (B,): tokens of the response that SFT imitates: the chosen one, unless
+    baseline_logps (B,) are the policy's log-probs of another."""
     logratios = policy_logps - ref_logps  # (B, 2)
+    rewards = beta * logratios
     h = logratios[:, 0] - logratios[:, 1]  # (B,)
-    nll = -(policy_logps[:, 0] if baseline_logps is None else baseline_logps)  # (B,)
-    dpo_losses = -F.logsigmoid(beta * h)  # Bradley-Terry, with beta log(pi/ref) as the reward
-    sft_losses = {"sum": eta * beta * nll, "mean": eta * nll / chosen_lengths}[sft]  # Algorithm 2, Appendix F
-    losses, rewards = dpo_losses + sft_losses, beta * logratios
-    correct = (h > 0) + 0.5 * (h == 0)  # a tie counts half
-    values = (losses, dpo_losses, sft_losses, *rewards.T, rewards[:, 0] - rewards[:, 1], correct, *policy_logps.T,
-              *logratios.T, nll / chosen_lengths)
-    return losses, {key: value.detach() for key, value in zip(METRICS, values)}
+    dpo_losses = -F.logsigmoid(beta * h)
+
+    # the one term that makes RPO of DPO
+    nll = -policy_logps[:, 0] if baseline_logps is None else -baseline_logps  # (B,)
+    nll_per_token = nll / chosen_lengths
+    if sft == "sum":
+        sft_losses = eta * beta * nll  # Algorithm 2
+    else:
+        sft_losses = eta * nll_per_token  # the averaged form, Appendix G of the camera-ready
+    losses = dpo_losses + sft_losses
+
+    metrics = {
+        "loss": losses,
+        "loss/dpo": dpo_losses,
+        "loss/sft": sft_losses,
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": (h > 0) + 0.5 * (h == 0),  # a tie counts half
+        "logps/chosen": policy_logps[:, 0],
+        "logps/rejected": policy_logps[:, 1],
+        "logps/chosen_vs_ref": logratios[:, 0],
+        "logps/rejected_vs_ref": logratios[:, 1],
+        "nll_per_token": nll_per_token,
+    }
+    return losses, {name: value.detach() for name, value in metrics.items()}
+
+def print0(message):
+    if os.environ.get("RANK", "0") == "0":  # torchrun sets it, plain python does not
+        tqdm.write(message)
+
+def render(tokenizer, prompt, response=None):
+    """The text of a prompt, ready for a response; or of both, up to the end-of-turn token."""
+    if isinstance(prompt, str):  # raw text, for base models
+        return prompt if response is None else prompt + response + tokenizer.eos_token
+    if response is None:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    # what the template writes behind the end-of-turn token, often a newline, is not to be learnt
+    text = tokenizer.apply_chat_template(prompt + response, tokenize=False).rstrip()
+    special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return text if text.endswith(special) else text + tokenizer.eos_token
+
+def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
+    """1) A record {"prompt", "chosen", "rejected"}, strings or lists of messages, -> the same keys
+    with token ids; or the reason to drop it, a string."""
+    if record["chosen"] == record["rejected"]:
+        return "identical responses"
+    texts = {"prompt": render(tokenizer, record["prompt"])}
+    for side in ("chosen", "rejected"):
+        texts[side] = render(tokenizer, record["prompt"], record[side])
+        if not texts[side].startswith(texts["prompt"]):
+            return "the template renders the prompt differently when a response follows"
+
+    # chat templates write their own BOS token, raw text gets the tokenizer's
+    raw = isinstance(record["prompt"], str)
+    ids = {key: tokenizer(text, add_special_tokens=raw).input_ids for key, text in texts.items()}
+    # a token may span the end of the prompt and the start of a response: it is the response's
+    n = len(os.path.commonprefix(list(ids.values())))
+    prompt = ids.pop("prompt")[:n]
+    if not prompt or prompt[:2] == [tokenizer.bos_token_id] * 2:
+        return "empty prompt or two BOS tokens"
+    if n > max_prompt_length:  # keep its end, and the BOS token that models lean on
+        keep = int(prompt[0] == tokenizer.bos_token_id)
+        prompt = prompt[:keep] + prompt[n - max_prompt_length + keep :]
+
+    pair = {"prompt": prompt}
+    for side in ids:
+        pair[side] = response = ids[side][n:]
+        if len(response) < 2:
+            return "empty response"
+        if response.count(response[-1]) > 1:
+            return "end-of-turn token inside a response"
+        # never cut: a response without its end-of-turn token would teach SFT not to stop
+        if len(prompt) + len(response) > max_length:
+            return "longer than max_length"
+    return pair
+
+def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
+    """The pairs of a JSON-lines file; prints how many others are dropped for which reason."""
+    def tokenize(line, number):
+        try:
+            pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
+        except Exception as error:
+            raise ValueError(f"{path} line {number + 1} is no pair of prompt, chosen, rejected: {error!r}")
+        return {"pair": json.dumps(pair)}
+
+    # on all cores that this rank has; a second start finds the result in the cache of `datasets`
+    lines = load_dataset("text", data_files=str(path), split="train")
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    jobs = max(1, min(cores, len(lines) // 1000))
+    rows = lines.map(tokenize, input_columns="text", with_indices=True, num_proc=jobs)
+    results = [json.loads(text) for text in rows["pair"]]
+    pairs = [result for result in results if isinstance(result, dict)]
+    dropped = Counter(result for result in results if isinstance(result, str))
+    print0(f"{path}: {len(pairs)} pairs, dropped: {dict(dropped) or 'none'}")
+    if not pairs:
+        raise ValueError(f"{path} has no pair that can be used")
+    return pairs
+
+def show_pair(pair, tokenizer):
+    """A pair as text, with a bar before every token that is scored."""
+    lines = [f"prompt    {tokenizer.decode(pair['prompt'])}"]
+    for side in list(pair)[1:]:
+        lines.append(f"{side:9s} " + "".join("|" + tokenizer.decode(t) for t in pair[side]))
+    return "\n".join(lines)
+
+def global_batches(n, batch_size, seed, epochs):
+    """Indices of the pairs of each step; every rank draws the same permutation for each epoch."""
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed((seed << 20) + epoch)
+        for batch in torch.randperm(n, generator=generator).split(batch_size):
+            yield batch.tolist()
+
+def row_length(pair, shared=True):
+    """Tokens of a pair's rows: one row with all, or a row a response, padded to the longest."""
+    prompt, *responses = [len(ids) for ids in pair.values()]
+    return prompt + sum(responses) if shared else len(responses) * (prompt + max(responses))
+
+def micro_batches(pairs, max_tokens, shared, rank=0, world_size=1):
+    """2) This rank's share of a batch, longest pairs first: lists of indices that fit max_tokens
+    when padded, each with its weight. Ranks make equally many passes, so that they meet in the
+    last: one that has no pair left repeats another's, with weight 0."""
+    lengths = [row_length(pair, shared) for pair in pairs]
+    rest = sorted(range(len(pairs)), key=lambda i: lengths[i], reverse=True)
+    while rest:
+        size = max(1, max_tokens // lengths[rest[0]]) * world_size
+        group, rest = rest[:size], rest[size:]
+        mine = group[rank::world_size]
+        yield (mine, 1.0) if mine else (group[:1], 0.0)
+
+def collate(pairs, shared=True, device="cpu"):
+    """3) B pairs -> R padded rows of T tokens: each a prompt and its responses, or, where a model
+    cannot share the prompt, a prompt and one response. input_ids, position_ids, branch (R, T):
+    branch is 0 for a prompt, -1 for padding, else the number of the response, 1 to 2 B. It repeats
+    the prompt's last token in front, so that each token is predicted by the one before it."""
+    if not shared:
+        pairs = [{"prompt": p["prompt"], side: p[side]} for p in pairs for side in list(p)[1:]]
+    rows, number = [], 0
+    for prompt, *responses in (pair.values() for pair in pairs):
+        start = len(prompt) - 1
+        ids, position, branch = prompt[:-1], list(range(start)), [0] * start
+        for response in responses:
+            number += 1
+            ids = ids + prompt[-1:] + response
+            position += range(start, start + 1 + len(response))
+            branch += [number] * (1 + len(response))
+        rows.append({"input_ids": ids, "position_ids": position, "branch": branch})
+
+    batch = {"shared": shared}
+    for name in rows[0]:
+        column = [torch.tensor(row[name]) for row in rows]
+        fill = -1 if name == "branch" else 0  # padding is masked: any token will do
+        batch[name] = torch.nn.utils.rnn.pad_sequence(column, True, fill).to(device)
+    return batch
+
+class PairLogps(torch.nn.Module):
+    """4) A language model -> log-probs (B, 2) of [chosen, rejected]; what DDP wraps."""
+    def __init__(self, model, dtype=torch.float32):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, batch):
+        ids, branch = batch["input_ids"], batch["branch"]  # (R, T) each
+        inputs = {"input_ids": ids, "attention_mask": (branch >= 0).long()}
+        if batch["shared"]:
+            # a token sees what stands before it in its prompt and in its own response
+            query, key = branch[:, :, None], branch[:, None, :]
+            mask = ((key == 0) | (key == query)).tril()[:, None]  # (R, 1, T, T)
+            inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
+
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            # the model without its head; base_model of some (Llama 4) is the whole
+            body = getattr(self.model, "model", self.model.base_model)
+            hidden = body(**inputs, use_cache=False)[0]  # (R, T, D)
+
+            # only what predicts a response token meets the vocabulary
+            scored = (branch[:, 1:] > 0) & (branch[:, 1:] == branch[:, :-1])  # (R, T - 1)
+            row, column = scored.nonzero(as_tuple=True)  # (N,) each
+            # Cohere multiplies its logits by a number, Granite divides them by one
+            config = self.model.config.get_text_config()
+            scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)
+            hidden = scale * hidden[row, column]  # (N, D)
+
+            # in chunks, whose logits are computed again in backward: no (R, T, V) exists
+            head = self.model.get_output_embeddings()  # weight (V, D)
+            chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+            nll = F.linear_cross_entropy(
+                hidden.to(self.dtype), head.weight, ids[row, column + 1],
+                linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
+
+        # the sum over each response's tokens, in float64: bfloat16 would lose whole nats
+        logps = torch.zeros(branch.max() + 1, dtype=torch.float64, device=nll.device)
+        return logps.index_add(0, branch[row, column], -nll.double())[1:].view(-1, 2)
+
+def load_model(path):
+    """A language model with float32 weights and without dropout, which would blur log-ratios."""
+    config = AutoConfig.from_pretrained(path)
+    config.update({name: 0.0 for name in vars(config) if "dropout" in name or "pdrop" in name})
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{path} lacks weights: {sorted(report['missing_keys'])[:3]} ...")
+    return model.train()  # eval() would turn gradient checkpointing off
 
 @torch.no_grad()
-def score(module, pairs, max_tokens, pad_token_id, shared):
-    """The module's log-probs of all pairs (N, K), float32, in their order, on every rank; the ranks share the work."""
-    logps = torch.zeros(len(pairs), len(pairs[0].keys() & set(SIDES)), device=next(module.parameters()).device)
-    micro = list(micro_batches(range(len(pairs)), [row_length(p, shared) for p in pairs], max_tokens, RANK, WORLD_SIZE))
-    for indices, weight in tqdm(micro, "log-probs", leave=False, disable=RANK > 0):
-        logps[indices] = weight * module(collate([pairs[i] for i in indices], pad_token_id, shared))
-    if WORLD_SIZE > 1:
+def can_share(model, pair):
+    """Whether rows that share a prompt give the log-probs of the model's own forward. They do not
+    where a state or a distance runs along the row (Mamba, ALiBi) or a window is shorter than it."""
+    prompt, *responses = pair.values()
+    own = []
+    for response in responses:
+        ids = torch.tensor([prompt + response], device=model.device)  # (1, T)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (n, V)
+        own.append(-F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
+    own = torch.stack(own)  # (2,)
+    for shared in (True, False):
+        try:
+            logps = PairLogps(model)(collate([pair], shared, model.device))[0]
+        except Exception:  # models that know no mask of four dimensions fail each in its own way
+            continue
+        if ((logps - own) / own).abs().max() < 1e-5:
+            return shared
+    raise ValueError(f"{type(model).__name__}: its rows do not give its own log-probs {own.tolist()}. "
+                     "nan: broken weights; a soft cap on logits: apply docs/changes/soft_cap.diff")
+
+@torch.no_grad()
+def score(module, pairs, max_tokens, shared, rank=0, world_size=1):
+    """Log-probs (N, 2) of all pairs in their order, on every rank; the ranks share the work."""
+    logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=module.model.device)
+    micro = list(micro_batches(pairs, max_tokens, shared, rank, world_size))
+    for indices, weight in tqdm(micro, "log-probs", leave=False, disable=rank > 0):
+        batch = collate([pairs[i] for i in indices], shared, logps.device)
+        logps[indices] = weight * module(batch)
+    if world_size > 1:
         dist.all_reduce(logps)
     return logps
 
-def can_share(model, pair):
-    """Whether rows may share a prompt: whether they give this pair's log-probs and gradients as separate rows do, which
-    is measured, as no list of models is complete. Ends the program where separate rows miss the model's own loss."""
-    probes = [p for p in model.parameters() if p.dim() == 1] or [next(model.parameters())]  # some in every layer
-    def with_grads(logps):
-        grads = torch.autograd.grad(logps[0] - logps[1] / 2, probes, materialize_grads=True)
-        return logps.detach(), torch.cat([grad.flatten() for grad in grads])
-    def own_logp(side):
-        ids = torch.tensor(np.concatenate([pair["prompt"], pair[side]]), device=model.device).long()[None]  # (1, T)
-        logps = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)  # (T - 1, V)
-        return logps.gather(1, ids[0, 1:, None])[-len(pair[side]):].sum()
-    near = lambda some, others, far: all((a - b).norm() <= far * b.norm() for a, b in zip(some, others))
-    own = with_grads(torch.stack([own_logp("chosen"), own_logp("rejected")]))
-    one, two = (with_grads(PairLogps(model)(collate([pair], 0, shared))[0, :2]) for shared in (True, False))
-    if not near(two, own, 1e-3):
-        fail(f"{type(model).__name__} is not supported: its log-probs are {own[0].tolist()}, not {two[0].tolist()}")
-    return near(one, two, 2e-5)  # rounding: 3e-6 at most; wrong masks: mostly above 1e-4
-
-def digest(arrays):  # names data and weights by their content
-    return hashlib.sha256(b"".join(hashlib.sha256(np.ascontiguousarray(a)).digest() for a in arrays)).hexdigest()[:16]
-
-def shard(module):
-    """FSDP2: weights, gradients and moments in float32 shards; each layer gathers its weights, computing in dtype."""
-    for part in (*module.layers, module):
-        fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=module.dtype, reduce_dtype=torch.float32))
-    module.dtype = torch.float32  # no autocast on top
-    return module
-
-def learning_rate(step, steps, o):
-    """Of step 0, 1, ...: a linear rise, then --lr_scheduler, which reaches 0 at the end of the planned steps."""
-    warmup = math.ceil(o.warmup_ratio * steps)
-    done = (step - warmup) / max(1, steps - warmup)
-    fall = dict(cosine=(1 + math.cos(math.pi * done)) / 2, linear=1 - done, constant=1)[o.lr_scheduler]
-    return o.learning_rate * ((step + 1) / warmup if step < warmup else fall)
-
-FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=WORLD_SIZE > 1)  # any sharding
-def save_checkpoint(path, policy, tokenizer, optimizer, state):
-    """A Hugging Face folder, optimizer.safetensors, trainer_state.json: written aside, flushed, renamed, never half."""
-    model = getattr(policy, "module", policy).model
-    weights = dcp.get_model_state_dict(model, options=FULL)
-    moments = dcp.get_optimizer_state_dict(policy, optimizer, options=FULL)
-    if RANK == 0:
-        shutil.rmtree(path + ".tmp", ignore_errors=True)
-        once = dict((*model.named_parameters(), *model.named_buffers()))  # a tied weight has two names
-        model.save_pretrained(path + ".tmp", state_dict={name: weights[name] for name in once if name in weights})
-        tokenizer.save_pretrained(path + ".tmp")
-        moments = {f"{name}.{key}": tensor for name, of in moments["state"].items() for key, tensor in of.items()}
-        save_file(moments, path + ".tmp/optimizer.safetensors")
-        Path(path + ".tmp/trainer_state.json").write_text(json.dumps(state, indent=1))
+def save_checkpoint(path, model, optimizer, tokenizer, state):
+    """A Hugging Face folder + optimizer.safetensors + trainer_state.json: all there or not."""
+    aside = Path(f"{path}.tmp")
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        moments = {}
+        for name, weight in model.named_parameters():
+            moments |= {f"{name}.{key}": tensor for key, tensor in optimizer.state[weight].items()}
+        save_file(moments, aside / "optimizer.safetensors")
+        (aside / "trainer_state.json").write_text(json.dumps(state, indent=1))
+        # safetensors writes files that only their owner can read
+        for file in aside.iterdir():
+            shutil.copymode(aside / "trainer_state.json", file)
         os.sync()
-        if os.path.exists(path):  # the final/ of a shorter run: it stays, under its step's name
-            old = json.loads(Path(path, "trainer_state.json").read_text())["step"]
-            os.rename(path, Path(path).with_name(f"step_{old:06d}"))
-        os.rename(path + ".tmp", path)
+        os.rename(aside, path)  # killed at any moment, there is no half checkpoint
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 def newest_checkpoint(out_dir):
-    """(folder, trainer state) of the complete checkpoint, not *.tmp, with the most steps, or (None, None)."""
-    found = [(str(p.parent), json.loads(p.read_text())) for p in Path(out_dir).glob("*[!p]/trainer_state.json")]
-    return max(found, key=lambda each: each[1]["step"], default=(None, None))
+    """The folder of the checkpoint with the most steps, or None."""
+    folders = [*sorted(Path(out_dir).glob("step_*[0-9]")), *Path(out_dir).glob("final")]
+    return folders[-1] if folders else None
 
-def main():
-    o, cuda = parse_options(), torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    torch.cuda.set_device(device) if cuda else None  # FSDP and broadcasts go by the current device
-    alone = {} if "RANK" in os.environ else dict(rank=0, world_size=1, store=dist.HashStore())  # without torchrun
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
-    metrics_file, (folder, saved) = Path(o.out_dir, "metrics.jsonl"), newest_checkpoint(o.out_dir)
-    if not o.resume and (saved or metrics_file.exists()):
-        fail(f"{o.out_dir} holds a run: continue it with --resume, or choose another --out_dir")
-    tokenizer, known, pairs = load(AutoTokenizer, o.model), load(AutoTokenizer, o.ref_model or o.model).get_vocab(), {}
-    if any(known.get(token, i) != i for token, i in tokenizer.get_vocab().items()):
-        fail(f"--ref_model {o.ref_model} has another vocabulary than {o.model}: log-ratios would mean nothing")
-    for split in ("train", "test") if o.eval_every and os.path.exists(f"{o.data}/test.jsonl") else ("train",):
-        pairs[split], counts = load_pairs(f"{o.data}/{split}.jsonl", tokenizer, o.max_length, o.max_prompt_length)
-        say(f"{split}: {len(pairs[split])} pairs ({', '.join(f'{n} {what}' for what, n in counts.items())})")
-    of = lambda *splits: digest(pair[key] for split in splits for pair in pairs[split] for key in sorted(pair))
-    train, longest = pairs["train"], max(pairs["train"], key=lambda pair: row_length(pair, True))
-    sft_lengths = lambda some: torch.tensor([len(pair.get("baseline", pair["chosen"])) for pair in some], device=device)
-    per_epoch, tokens = -(-len(train) // o.batch_size), sft_lengths(train).double().mean().item()
-    steps, factor = o.epochs * per_epoch, o.beta * tokens
-    say(show_pair(train[0], tokenizer))  # to be looked at before believing a run
-    say(f"{o.batch_size} pairs a step over {WORLD_SIZE} rank(s), {per_epoch} steps an epoch, {steps} steps planned")
-    say(f"--sft {o.sft} --eta {o.eta:g} weighs like " + (f"--sft mean --eta {o.eta * factor:.3g}" if o.sft == "sum" else
-        f"--sft sum --eta {o.eta / factor if factor else math.inf:.3g}") + f" at {tokens:.1f} tokens a response")
-    # the reference's log-probs: once, by the same module and dtype as the policy's; then the reference is freed
-    def build(path):  # train(): what is measured here is what is trained, and eval() would turn checkpointing off
-        return PairLogps(load_model(path, o.attn, o.gradient_checkpointing), getattr(torch, o.dtype)).to(device).train()
-    reference = build(o.ref_model or o.model)
-    shared = can_share(reference.model, longest) & (not o.ref_model or can_share(build(o.model).model, longest))
-    say("rows: one a pair, its prompt shared" if shared else "rows: one a response, shared prompts are not exact here")
-    weights = digest(weight.cpu().numpy() for weight in reference.requires_grad_(False).parameters())
-    facts = dict(fingerprint=of("train"), reference=weights)
-    for name in [*list(vars(o))[:list(vars(o)).index("data")], *facts] if saved else ():
-        if (was := (saved | saved["options"]).get(name, now := (vars(o) | facts)[name])) != now:
-            fail(f"--resume: {name} was {was} in {folder}, now it is {now}; restore it, or change --out_dir")
-    cache = Path(o.data, "ref_logps", f"{weights}-{of(*pairs)}-{o.dtype}{'-fsdp' * o.fsdp}.safetensors")
-    dist.all_reduce(cached := torch.tensor(float(o.precompute_ref and cache.exists()), device=device))
-    reference = shard(reference) if o.fsdp else reference
-    ref_logps = load_file(cache, device=str(device)) if cached == WORLD_SIZE else {
-        split: score(reference, some, o.max_tokens, 0, shared) for split, some in pairs.items()
-        if o.precompute_ref or split == "test"}
-    if o.precompute_ref and RANK == 0 and cached < WORLD_SIZE:
-        cache.parent.mkdir(exist_ok=True)
-        save_file(ref_logps, aside := f"{cache}.{os.getpid()}")  # other runs may be at the same
-        os.rename(aside, cache)
-    reference = None if o.precompute_ref else reference
-    gc.collect()  # FSDP's modules refer to themselves
-    policy = build(folder or o.model)
-    for layer in policy.layers if o.compile else ():
-        layer.compile(dynamic=True)
-    if o.fsdp or WORLD_SIZE > 1:
-        policy = shard(policy) if o.fsdp else DDP(policy, gradient_as_bucket_view=True, find_unused_parameters=True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
-    step, rows = (saved["step"], saved["log_history"]) if saved else (0, [])
-    if saved:
-        moments = dcp.get_optimizer_state_dict(policy, optimizer, options=FULL)
-        for key, tensor in load_file(f"{folder}/optimizer.safetensors").items() if RANK == 0 else ():
-            name, _, key = key.rpartition(".")
-            moments["state"][name][key] = tensor
-        dcp.set_optimizer_state_dict(policy, optimizer, moments, options=FULL)
-    metrics_file.parent.mkdir(parents=True, exist_ok=True)
-    out = open(metrics_file if RANK == 0 else os.devnull, "w")  # steps lost behind a checkpoint will be logged again
-    out.writelines(json.dumps(row) + "\n" for row in rows)
-    tracker = importlib.import_module(o.tracker) if RANK == 0 and o.tracker != "none" else None
-    if tracker:
-        tracker.init(project="rpo", name=Path(o.out_dir).name, config=vars(o))
-        atexit.register(tracker.finish)
-    def log(row):
-        rows.append({"step": step, "epoch": step / per_epoch, **row})
-        print(json.dumps(rows[-1]), file=out, flush=True)
-        if tracker:
-            tracker.log(rows[-1], step=step)
-    def objective(some, logps, ref):
-        return rpo_loss(logps[:, :2], ref[:, :2], sft_lengths(some), beta=o.beta, eta=o.eta, sft=o.sft,
-                        baseline_logps=logps[:, 2] if logps.size(1) == 3 else None)
-    sync = policy.set_requires_gradient_sync if o.fsdp else lambda on: setattr(policy, "require_backward_grad_sync", on)
-    lengths, stop = [row_length(pair, shared) for pair in train], min(steps, o.max_steps or steps)
-    bar = tqdm(total=stop, initial=step, unit="step", disable=RANK > 0)
-    while True:
-        fresh = saved is None or step > saved["step"]  # a resumed checkpoint has its evaluation behind it
-        if "test" in pairs and fresh and (step % o.eval_every == 0 or step == stop):
-            logps = score(policy, pairs["test"], o.max_tokens, 0, shared)  # (N, K)
-            metrics = objective(pairs["test"], logps, ref_logps["test"])[1]
-            log({"eval/" + key: value.mean().item() for key, value in metrics.items()})
-            say(f"step {step:6d} " + " ".join(f"| {key} {metrics[key].mean():8.3f} " for key in SHOWN))
-        if fresh and (step == stop or step and o.save_every and step % o.save_every == 0):
-            save_checkpoint(f"{o.out_dir}/" + ("final" if step == stop else f"step_{step:06d}"), policy, tokenizer,
-                            optimizer, dict(step=step, options=vars(o), **facts, log_history=rows))
-        if step >= stop:
-            break
-        start, (epoch, n) = time.perf_counter(), divmod(step, per_epoch)
-        batch = global_batches(len(train), o.batch_size, o.seed, epoch)[n]
-        micro = list(micro_batches(batch, lengths, o.max_tokens, RANK, WORLD_SIZE))
-        sums = torch.zeros(len(METRICS) + WORLD_SIZE, device=device, dtype=torch.float64)
-        for m, (indices, weight) in enumerate(micro, 1):
-            sync(m == len(micro))  # ranks meet in the last pass only; until then FSDP holds whole gradients
-            inputs = collate(some := [train[i] for i in indices], 0, shared)
-            ref = reference(inputs) if reference else ref_logps["train"][indices]  # (B, K)
-            losses, metrics = objective(some, policy(inputs), ref)
-            # the mean over the global batch, however it is split: DDP and FSDP divide by the ranks, hence the factor
-            (losses.sum() * weight * WORLD_SIZE / len(batch)).backward()
-            sums[:len(METRICS)] += weight / len(batch) * torch.stack([metrics[key].sum() for key in METRICS])
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
-        sums[len(METRICS) + RANK] = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else memory
-        dist.all_reduce(sums)
-        means, memory = dict(zip(METRICS, sums.tolist())), sums[len(METRICS):].max().item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip or math.inf).item()
-        if not math.isfinite((loss := means["loss"]) + grad_norm):
-            fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; kept {newest_checkpoint(o.out_dir)[0]}")
-        off = means["loss/dpo"] - math.log(2)
-        if step == 0 and not o.ref_model and abs(off) > (1e-3 if o.dtype == "float32" else 0.1):
-            fail(f"loss/dpo starts {off:+.4f} away from log 2: policy and reference disagree before any training")
-        optimizer.param_groups[0]["lr"] = lr = learning_rate(step, steps, o)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        log({"lr": lr, **means, "grad_norm": grad_norm, "tokens_per_second":
-             sum(row_length(train[i], True) for i in batch) / (time.perf_counter() - start), "peak_memory_gib": memory})
-        bar.set_postfix_str(", ".join(f"{key} {means[key]:.3f}" for key in SHOWN), refresh=False)
-        bar.update()
-    bar.close()
-    ends = [row for row in rows if "eval/loss" in row] or rows or [{}]
-    for key in ends[0]:
-        say(f"{key:28s}{ends[0][key]:12.4f} at step {ends[0]['step']}{ends[-1][key]:12.4f} at step {ends[-1]['step']}")
+def learning_rate(step, steps, o):
+    """Linear warm-up, then a cosine that would reach 0 at the end of the planned steps."""
+    warmup_steps = math.ceil(o.warmup_ratio * steps)
+    if step < warmup_steps:
+        return o.learning_rate * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return o.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+def pair_losses(logps, ref_logps, pairs, o):
+    lengths = torch.tensor([len(pair["chosen"]) for pair in pairs], device=logps.device)  # (B,)
+    return rpo_loss(logps, ref_logps, lengths, beta=o.beta, eta=o.eta, sft=o.sft)
+
+def train_step(policy, optimizer, pairs, ref_logps, o, shared):
+    """One update on a global batch of pairs -> means over it, {name: float}."""
+    start, rank, world_size = time.perf_counter(), dist.get_rank(), dist.get_world_size()
+    micro = list(micro_batches(pairs, o.max_tokens, shared, rank, world_size))
+    sums = 0
+    for m, (indices, weight) in enumerate(micro):
+        # ranks average their gradients once a step, in the last backward pass
+        policy.require_backward_grad_sync = m == len(micro) - 1  # what DDP's no_sync() toggles
+        mine = [pairs[i] for i in indices]
+        logps = policy(collate(mine, shared, ref_logps.device))  # (B, 2)
+        losses, metrics = pair_losses(logps, ref_logps[indices], mine, o)
+        # the mean over the global batch: dividing by its size, not by the micro-batch's, gives
+        # every split the same gradient; DDP divides by the number of ranks, hence the factor
+        (weight * losses.sum() / len(pairs) * world_size).backward()
+        sums = sums + weight * torch.stack([values.sum() for values in metrics.values()])
+
+    dist.all_reduce(sums)
+    row = dict(zip(metrics, (sums / len(pairs)).tolist()))
+    row["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip).item()
+    if not math.isfinite(row["loss"] + row["grad_norm"]):
+        raise ValueError(f"loss {row['loss']}, gradient norm {row['grad_norm']}: no step was made")
+    optimizer.step()
+    optimizer.zero_grad()
+    tokens = sum(row_length(pair) for pair in pairs)
+    row["tokens_per_second"] = tokens / (time.perf_counter() - start)
+    if ref_logps.is_cuda:
+        row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+def evaluate(step, module, pairs, ref_logps, o, shared):
+    """Means over all test pairs, {name: float}."""
+    logps = score(module, pairs, o.max_tokens, shared, dist.get_rank(), dist.get_world_size())
+    _, metrics = pair_losses(logps, ref_logps, pairs, o)
+    row = {f"eval/{name}": values.mean().item() for name, values in metrics.items()}
+    print0(f"step {step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in SHOWN))
+    return row
+
+def open_run(o):
+    """The log in --out_dir, locked against a second run; the checkpoint to go on from; its state."""
+    os.makedirs(o.out_dir, exist_ok=True)
+    log = open(f"{o.out_dir}/metrics.jsonl" if dist.get_rank() == 0 else os.devnull, "a", buffering=1)
+    try:
+        if dist.get_rank() == 0:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {o.out_dir}")
+    folder = newest_checkpoint(o.out_dir)
+    if not o.resume and (folder or log.tell() > 0):
+        raise ValueError(f"{o.out_dir} holds a run: --resume it, or choose another --out_dir")
+
+    # a resumed run agrees with the one it continues in all that decides its numbers
+    options = {name: value for name, value in asdict(o).items() if name not in RESUME_MAY_CHANGE}
+    options["training pairs"] = hashlib.sha256(Path(o.data, "train.jsonl").read_bytes()).hexdigest()
+    state = {"step": -1, "options": options, "log_size": 0}
+    if folder:
+        state = json.loads((folder / "trainer_state.json").read_text())
+    for name, value in state["options"].items():
+        if options[name] != value:
+            raise ValueError(f"--resume: {name} was {value} in {folder}, now it is {options[name]}")
+    return log, folder, state
+
+def main(o):
+    if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
+        raise ValueError("--beta 0 leaves no loss; SFT alone is --beta 0 --sft mean --eta 1")
+    if not 0 <= o.warmup_ratio <= 1:
+        raise ValueError(f"--warmup_ratio {o.warmup_ratio} is no share of the steps, 0 to 1")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    # without torchrun this is a world of one process
+    alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    dist.init_process_group(**alone)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    log, folder, state = open_run(o)
+
+    # data
+    tokenizer = AutoTokenizer.from_pretrained(o.model)
+    if AutoTokenizer.from_pretrained(o.ref_model or o.model).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--ref_model {o.ref_model} has another vocabulary than {o.model}")
+    limits = o.max_length, o.max_prompt_length
+    pairs = {"train": load_pairs(f"{o.data}/train.jsonl", tokenizer, *limits)}
+    if o.eval_every and os.path.exists(f"{o.data}/test.jsonl"):
+        pairs["test"] = load_pairs(f"{o.data}/test.jsonl", tokenizer, *limits)
+    print0(show_pair(pairs["train"][0], tokenizer))  # look at it before you believe a run
+    batches = list(global_batches(len(pairs["train"]), o.batch_size, o.seed, o.epochs))
+    steps = len(batches)
+    stop = min(steps, o.max_steps or steps)  # the schedule is planned on all steps
+
+    # the reference: its log-probs are computed once, by the module that computes the policy's
+    longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, shared=False))
+    model = load_model(o.ref_model or o.model).to(device).requires_grad_(False)
+    shared = can_share(model, longest)
+    module = PairLogps(model, getattr(torch, o.dtype))
+    ref_logps = {k: score(module, pairs[k], o.max_tokens, shared, rank, world_size) for k in pairs}
+    del model, module  # from here on its memory is the policy's
+
+    # the policy
+    model = load_model(folder or o.model).to(device)
+    shared = can_share(model, longest)
+    print0(f"rows of several responses share their prompt: {shared}")
+    if o.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    module = policy = PairLogps(model, getattr(torch, o.dtype))
+    if world_size > 1:
+        policy = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=o.weight_decay, fused=True)
+    if folder:
+        for name, tensor in load_file(folder / "optimizer.safetensors", str(device)).items():
+            weight, _, key = name.rpartition(".")
+            optimizer.state[model.get_parameter(weight)][key] = tensor
+
+    # what is logged behind the checkpoint will be logged again
+    if log.tell() > state["log_size"]:
+        log.truncate(state["log_size"])
+    def write_row(row):
+        log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row) + "\n")
+
+    for step in tqdm(range(state["step"] + 1, stop + 1), "train", unit="step", disable=rank > 0):
+        # step 0 makes no update: it is the policy before training
+        if step > 0:
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, o)
+            batch = batches[step - 1]
+            some, ref = [pairs["train"][i] for i in batch], ref_logps["train"][batch]
+            write_row({"lr": lr} | train_step(policy, optimizer, some, ref, o, shared))
+
+        last = step == stop
+        if "test" in pairs and (last or step % o.eval_every == 0):
+            write_row(evaluate(step, module, pairs["test"], ref_logps["test"], o, shared))
+        if rank == 0 and step > 0 and (last or (o.save_every and step % o.save_every == 0)):
+            # a run that --max_steps stopped early can go on: its last checkpoint is not final
+            path = Path(o.out_dir, "final" if step == steps else f"step_{step:06d}")
+            state |= {"step": step, "log_size": log.tell()}
+            save_checkpoint(path, model, optimizer, tokenizer, state)
     dist.destroy_process_group()
 
+def run(argv=None):
+    """Whatever goes wrong ends here, in one line; RPO_TRACEBACK=1 shows where it was raised."""
+    (o,) = HfArgumentParser(Options, allow_abbrev=False).parse_args_into_dataclasses(argv)
+    try:
+        main(o)
+    except (Exception, KeyboardInterrupt) as error:
+        if "RPO_TRACEBACK" in os.environ:
+            raise
+        text = " ".join(f"{type(error).__name__} {error}".split())[:500]
+        kept = newest_checkpoint(o.out_dir) or "none"
+        tqdm.write(f"error: {text} (checkpoint kept: {kept}; delete it if it is damaged)", file=sys.stderr)
+        sys.exit(2)
+
 if __name__ == "__main__":
-    main()
+    run()
