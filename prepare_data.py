@@ -372,13 +372,13 @@ def read_csv(text, path):
     rows = []
     line = 1
     try:
-        names = Counter(reader.fieldnames)
-        for name in names:
-            if name and names[name] > 1:
-                raise ValueError(f"{path}: two columns are called {name}")
+        # Columns without a name may be several; they go.
+        names = [name for name in reader.fieldnames if name]
         line = reader.line_num + 1
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: two columns have one name: {', '.join(names)}")
         for row in reader:
-            # DictReader files cells beyond the header under None. Columns without a name may go.
+            # DictReader files cells beyond the header under None.
             surplus = row.pop(None, [])
             if any(surplus):
                 raise ValueError(
@@ -739,7 +739,7 @@ PROMPTS = [
     for exclusion in ["", *(f" except {item}" for item in items)]
     for order in ("", " in abc order")
 ]
-# Of the 672 prompts, so many are never seen by the reference, nor in the training pairs.
+# So many of the 672 prompts are held out: neither the reference nor the training pairs see them.
 HELD_OUT = 152
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
@@ -926,8 +926,8 @@ def train_reference(tokenizer, prompts, rng, steps):
         batch = encode(chats, tokenizer)
 
         # Only what follows <|assistant|> is learnt. Padding is on the left, so it is not.
-        opens = (batch["input_ids"] == opening).int()  # (B, T)
-        behind = opens.cumsum(1) - opens  # (B, T), 1 behind the opening token
+        opens = (batch["input_ids"] == opening).int()  # (B, T), 0 0 1 0 0 where it stands third
+        behind = opens.cumsum(1) - opens  # (B, T), then 0 0 0 1 1
         labels = batch["input_ids"].masked_fill(behind == 0, -100)
 
         loss = model(**batch, labels=labels).loss
@@ -967,7 +967,8 @@ def label_pair(prompt, a, b, rng):
     probability sigmoid(3 * (gold of a - gold of b)).
     """
     gold_a, gold_b = gold_reward(prompt, a), gold_reward(prompt, b)
-    if rng.random() >= 1 / (1 + math.exp(-3 * (gold_a - gold_b))):
+    probability_of_a = 1 / (1 + math.exp(-3 * (gold_a - gold_b)))
+    if rng.random() >= probability_of_a:
         a, b = b, a
         gold_a, gold_b = gold_b, gold_a
     return {
@@ -1023,7 +1024,7 @@ def measure_reference(model, tokenizer, prompts):
     return measured
 
 def in_turn(prompts, size):
-    """So many prompts, from the first to the last and round again."""
+    """`size` prompts, from the first to the last and round again."""
     return list(itertools.islice(itertools.cycle(prompts), size))
 
 def make_toy(out, limit=1000, test_size=2 * HELD_OUT, seed=42, sft_steps=1500):

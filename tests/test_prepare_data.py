@@ -625,6 +625,28 @@ def test_what_is_written_obeys_the_umask(folder, umask):
     for path in Path("out").rglob("*"):
         assert mode(path) == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
+def test_a_new_toy_model_takes_the_place_of_the_old_one(folder):
+    tokenizer = prepare_data.make_tokenizer()
+    put("out/model/model.safetensors", "old")
+    put("out/model/another.safetensors", "old")
+    prepare_data.write("out", [pair(0)], [], {}, prepare_data.make_model(tokenizer), tokenizer)
+    assert not os.path.exists("out/model/another.safetensors")
+    assert os.path.getsize("out/model/model.safetensors") > 100_000
+    assert os.listdir() == ["out"]
+
+def test_other_pairs_leave_a_model_that_is_there(folder):
+    put("out/model/model.safetensors", "old")
+    put("p.jsonl", jsonl([pair(0)]))
+    prepare("p.jsonl")
+    assert Path("out/model/model.safetensors").read_text() == "old"
+
+def test_what_a_killed_run_left_is_cleared_away(folder):
+    put("out.partial/test.jsonl", "half a li")
+    put("p.jsonl", jsonl([pair(0)]))
+    prepare("p.jsonl")
+    assert sorted(os.listdir()) == ["out", "p.jsonl"]
+    assert sorted(os.listdir("out")) == ["meta.json", "train.jsonl"]
+
 @contextmanager
 def as_nobody():
     """Permissions do not bind root. Within its working directory it may act as another user."""
@@ -748,7 +770,7 @@ FAULTS = [
     ("a comma without quotes", {"p.csv": HEADER + "q,a\n\nq,yes, it is,b\n"}, "p.csv",
      "p.csv line 3: more cells than the header has"),
     ("two columns of one name", {"p.csv": "prompt,chosen,rejected,chosen\n"}, "p.csv",
-     "p.csv: two columns are called chosen"),
+     "p.csv: two columns have one name: prompt, chosen, rejected, chosen"),
     ("a line break in the header", {"p.csv": '"the\nquestion",answer\nq,a\n'}, "p.csv",
      "unknown layout, columns the question (text), answer (text)"),
 
@@ -770,14 +792,16 @@ FAULTS = [
     ("a test split without pairs", {"in/train.jsonl": GOOD, "in/test.jsonl": "{}"}, "in",
      "in, test split: unknown layout"),
 
-    ("no such file", {}, "none.jsonl", "no file or folder none.jsonl"),
-    ("no such folder", {}, "./none", "no file or folder ./none"),
+    ("no such file", {}, "none.jsonl", "no file or folder none.jsonl\n"),
+    ("no such folder", {}, "./none", "no file or folder ./none\n"),
+    ("no such folder below others", {}, "some/where/else", "no file or folder some/where/else\n"),
     ("an empty folder", {"in/README.md": "x"}, "in", "in: no file that ends in .json"),
     ("a folder without a train file", {"in/test.jsonl": GOOD}, "in", "in: no train file"),
     ("a folder of doubtful names", {"in/my_test.jsonl": GOOD, "in/my_train.jsonl": GOOD}, "in",
      "in: which of my_test.jsonl, my_train.jsonl is to train on?"),
     ("--out is a file", {"p.jsonl": GOOD}, "p.jsonl --out p.jsonl", "p.jsonl is a file"),
-    ("--out lies in a file", {"p.jsonl": GOOD, "x": ""}, "p.jsonl --out x/y", "cannot write x/y"),
+    ("--out lies in a file", {"p.jsonl": GOOD, "x": ""}, "p.jsonl --out x/y",
+     "x is no folder that may be written to"),
     ("--out is the source", {"in/train.jsonl": GOOD}, "in --out in/../in",
      "--out in would overwrite the source in"),
     ("--out holds the source", {"in/test.jsonl": GOOD}, "in/test.jsonl --out in",
@@ -796,8 +820,8 @@ FAULTS = [
     ("--sft_steps 0", {}, "--sft_steps 0", "--sft_steps must be 1 or more, not 0"),
     ("--seed -1", {}, "--seed -1", "--seed must be 0 or more, not -1"),
     ("--seed beyond 64 bits", {}, "--seed 99999999999999999999", "--seed must be below 2**63"),
-    ("an unknown flag", {}, "--sead 1", "unrecognized arguments: --sead; python prepare_data.py --help"),
-    ("half a flag", {}, "--test 1", "unrecognized arguments: --test; python prepare_data.py --help"),
+    ("an unknown flag", {}, "--sead 1", "unrecognized arguments: --sead; python"),
+    ("half a flag", {}, "--test 1", "unrecognized arguments: --test; python"),
 
     ("--baseline without a data folder", {"a.json": answers("q")}, "toy --baseline a.json",
      "toy/train.jsonl does not exist"),
