@@ -154,11 +154,10 @@ def derivatives(f, z):
     """Gradient (S, P) and Hessian (S, P, P) of f: (S, P) -> (S,), in which rows do not mix."""
     z = z.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(f(z).sum(), z, create_graph=True)
-    rows = []
-    for column in gradient.unbind(-1):
-        (row,) = torch.autograd.grad(column.sum(), z, retain_graph=True)
-        rows.append(row)
-    return gradient.detach(), torch.stack(rows, 1)
+    # As rows do not mix, the sum over them has the second derivatives of each.
+    columns = torch.eye(z.shape[1], dtype=z.dtype)
+    (hessian,) = torch.autograd.grad(gradient.sum(0), z, columns, is_grads_batched=True)
+    return gradient.detach(), hessian.transpose(0, 1)
 
 def backtrack(z, direction, accept):
     """The longest t of 1, 1/2, 1/4, ... that accept(z + t direction, t) allows, per row (S, 1)."""
@@ -792,7 +791,7 @@ def test_the_gap_of_every_data_set():
 # (d) The rate: Theorem 5.3 and Corollary 5.7
 
 NUMBERS = np.array([64, 256, 1024, 4096, 16384, 65536])
-# The rewards of A and B are this far apart, and C's is -1.
+# The first two actions' rewards are this far apart, the third's is -1.
 GAPS = np.array([0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64])
 REWARDS = np.full((len(GAPS), 1, 3), -1.0)  # (gap, X, K)
 REWARDS[:, 0, 0] = GAPS / 2
@@ -807,12 +806,12 @@ SCHEDULES = {
     "DPO, eta = 0": (0, 0),
 }
 
-# Who is compared with whom, (1, K, K): A with B, and C with either.
+# Who is compared with whom, (1, K, K): the first two, and the third with either.
 OFTEN = np.array([[[0, 1, 0], [1, 0, 0], [0, 0, 0]]]) / 2
 ONCE = np.array([[[0, 0, 1], [0, 0, 1], [1, 1, 0]]]) / 4
 
-def c_is_compared_once(rng, number, rewards, sets):
-    """Data sets in which A meets B in all pairs but one, and C is in that one."""
+def third_is_compared_once(rng, number, rewards, sets):
+    """Data sets in which the first two actions make up all pairs but one; the third is in that."""
     often = (number - 1) * sample_wins(rng, number - 1, OFTEN, rewards, sets)
     once = sample_wins(rng, 1, ONCE, rewards, sets)
     return (often + once) / number
@@ -829,9 +828,10 @@ def regrets(schedule, seed=0, sets=200):
     result = np.zeros((len(NUMBERS), len(GAPS), sets))
     for i, number in enumerate(NUMBERS):
         eta = scale * float(number) ** power
-        wins = torch.cat([c_is_compared_once(rng, number, rewards, sets) for rewards in REWARDS])
+        wins = [third_is_compared_once(rng, number, rewards, sets) for rewards in REWARDS]
         # The bound is for DPO, which has no minimum without one.
-        policy, _, _ = solve_rpo(Game(wins, UNIFORM, number**-0.5, eta, bound=2.0))
+        game = Game(torch.cat(wins), UNIFORM, number**-0.5, eta, bound=2.0)
+        policy, _, _ = solve_rpo(game)
         true = torch.tensor(REWARDS).repeat_interleave(sets, 0)
         result[i] = regret_of(policy, true).view(len(GAPS), sets)
     return result
@@ -868,10 +868,10 @@ def test_the_gap_falls_like_one_over_sqrt_n():
 
     The promise is for the worst instance at each N. So what is measured is the largest mean regret
     over a grid of gaps that does not depend on N. One fixed pair would show a faster fall: once its
-    gap stands out of the noise, the wrong action is exponentially rare. C, compared once at every
-    N, is the partial coverage. For DPO its lucky label is a constant loss. For Algorithm 1 its mass
-    is of order 1 / (N eta), which is constant if eta ~ 1/N. With a constant eta it is the pull to
-    the baseline that does not fade. Both are tested.
+    gap stands out of the noise, the wrong action is exponentially rare. The third action, compared
+    once at every N, is the partial coverage. For DPO its lucky label is a constant loss. For
+    Algorithm 1 its mass is of order 1 / (N eta), which is constant if eta ~ 1/N. With a constant
+    eta it is the pull to the baseline that does not fade. Both are tested.
     """
     right = regrets("eta = N^-1/2")
     fitted, (low, high) = slope(right)
@@ -930,11 +930,11 @@ def theorem_5_3(number, actions, top, cover, competitor_kl):
     return eta, (first + 4 * competitor_kl) / (4 * math.sqrt(number))
 
 def pairs_of_theorem(number):
-    """The law of pairs, (1, K, K): A and B, and with probability 1/N a pair with C."""
+    """The law of pairs, (1, K, K): the third action is in one with probability 1/N."""
     return OFTEN * (1 - 1 / number) + ONCE / number
 
 def promise(number, rewards, top):
-    """eta and bound of Theorem 5.3. The competitor is A, the baseline the chosen responses' law."""
+    """Theorem 5.3's eta and bound: against the first action, with the chosen responses' law."""
     pairs = pairs_of_theorem(number)
     base = win_odds(pairs, rewards).sum(-1)[0]
     cover = coverage(np.array([1.0, 0, 0]), base, pairs[0])
@@ -1001,7 +1001,7 @@ def test_the_coverage_coefficient():
     random = np.random.default_rng(0).normal(size=(100000, 3))
     assert cover * 0.999 < ratio(random).max() <= cover
 
-    # C is compared once in N pairs: competing with it costs about sqrt(N) as much.
+    # The third action is compared once in N pairs: it costs about sqrt(N) as much to compete with.
     assert coverage(np.array([0, 0, 1.0]), base, pairs) > 5
     assert coverage(np.array([0, 0, 1.0]), base, OFTEN[0]) == math.inf
 
@@ -1025,8 +1025,8 @@ def test_theorem_5_3_to_the_letter():
 
     Its eta carries (1 + e^R)^-2 and its bound (1 + e^R)^2. With R = 4 the bound exceeds the largest
     possible gap up to an N far beyond ours, and eta is so small that RPO is all but DPO: the lucky
-    label of C misleads it. With R = 1.5, little more than these rewards need, the bound has content
-    at the largest N, and the gap is far below it.
+    label of the third action misleads it. With R = 1.5, little more than these rewards need, the
+    bound has content at the largest N, and the gap is far below it.
 
     The paper's constants have slips (docs/theory.md). They do not matter for R >= log 2.
     """
@@ -1055,8 +1055,8 @@ RATIO = (NEW_PROMPTS / OLD_PROMPTS).max()  # C_inf = 9
 def prompt_regrets(sets=200):
     """Regret (N, gap, data set, prompt) of RPO with eta = beta = N^-1/2, two prompts.
 
-    Prompts are drawn from d0. On either prompt A and B are the same gap apart, and C is in one
-    pair.
+    Prompts are drawn from d0. On either prompt the first two actions are the same gap apart, and
+    the third is in one pair.
     """
     rng = np.random.default_rng(0)
     often = OLD_PROMPTS[:, None, None] * OFTEN
@@ -1089,8 +1089,9 @@ def test_new_prompts():
     _, (low, high) = slope(new)
     assert -0.6 < low < high < -0.4
 
-    # It has to be the best policy at every prompt. A competitor that does C on the common prompt
-    # and A on the rare one is worse than RPO before and can be better after: no ratio bounds that.
+    # It has to be the best policy at every prompt. One that takes the third action on the common
+    # prompt and the first on the rare one is worse than RPO before and can be better after: no
+    # ratio bounds that.
     handicap = np.array([np.ptp(REWARDS[-1]), 0])
     few_pairs = regret[0, -1] - handicap
     assert (few_pairs @ OLD_PROMPTS < 0).all()
