@@ -1044,9 +1044,9 @@ def bootstrap(points):
     (win rate, low, high) in percent: the mean over rows and its 95% interval, from resampling
     questions, whose rows (turns, samples) are not independent.
     """
-    # in a fixed order, for rows come in that of the judge's replies
-    sums = [[sum(points[question]), len(points[question])] for question in sorted(points)]
-    sums = np.array(sums)  # (questions, 2)
+    # in a fixed order, for rows come in that of the judge's replies; (questions, 2)
+    sums = [[sum(points[name]), len(points[name])] for name in sorted(points, key=str)]
+    sums = np.array(sums)
     total, count = sums.sum(0)
     drawn = sums[resamples(len(sums))].sum(1)  # (2000, 2)
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
@@ -1115,8 +1115,8 @@ def winrate(o):
     print_win_rates(rows, names, characters)
     if all(lacks_verdict(row) for row in rows):
         game = "g1" if rows[0]["g1_winner"] == "error" else "g2"
-        words = rows[0].get(f"{game}_judgment") or "nothing"
-        raise ValueError(f"no row has its verdicts; the judge of the first says {words[:300]!r}")
+        words = shortened(str(rows[0].get(f"{game}_judgment") or "nothing"))
+        raise ValueError(f"no row has its verdicts; the judge of the first says {words!r}")
 
 # ------------------------------------------------------------------------------------------------
 # label

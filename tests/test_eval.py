@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openai._base_client
@@ -253,11 +254,17 @@ def test_gold_is_the_reward_of_the_samples(measured, toy, tmp_path):
     assert row["gold_greedy"] == pytest.approx(sum(gold) / len(gold))
     assert 0 <= row["well_formed"] <= 1 and -1 <= row["gold"] <= 1
 
-def test_two_draws_of_a_prompt_are_not_independent():
+def test_two_draws_of_a_prompt_are_not_independent(monkeypatch, tmp_path):
     """Where both draws of each prompt are the same, the errors are those of one draw a prompt."""
     lengths = [2, 5, 9, 4]
-    sd = np.std(lengths, ddof=1)
-    assert evaluation.mean_by_prompt(lengths * 2) == (5, pytest.approx(sd / 2))
+    answers = [dict(prompt=[1], response=[7] * n, text="", ended=True) for n in lengths]
+    logps = {"policy": torch.tensor([[n, n] for n in lengths]), "reference": torch.zeros(4, 2)}
+    monkeypatch.setattr(evaluation, "sample", lambda policy, prompts, **_: answers * 2)
+    monkeypatch.setattr(evaluation, "log_probs", lambda model, *_: logps[model])
+    o = SimpleNamespace(seed=0, batch_size=4, max_new_tokens=9, dtype="float32", data=tmp_path)
+    found = evaluation.own_samples(("policy", None), ("reference", None), list("abcd"), o)
+    error = np.std(lengths, ddof=1) / 2
+    assert found["length"] == found["kl"] == (5, pytest.approx(error))
 
 # ------------------------------------------------------------------------------------------------
 # generate
@@ -385,9 +392,9 @@ def test_samples_are_many_and_follow_from_the_seed(sampling, tmp_path):
     assert len(set(texts(tmp_path / "a"))) > len({row["instruction"] for row in rows})
     assert texts(tmp_path / "a") == texts(tmp_path / "b") != texts(tmp_path / "c")
 
-def test_an_interrupted_generation_goes_on_with_the_same_draws(sampling, tmp_path, monkeypatch):
-    succeeds(*sampling, "--out", tmp_path / "whole.json")
-    out, calls, real = tmp_path / "part.json", [], evaluation.sample_batch
+def interrupt(monkeypatch, *argv):
+    """Runs a command of generate that is interrupted in its fourth batch."""
+    calls, real = [], evaluation.sample_batch
 
     def breaks(*arguments):
         calls.append(1)
@@ -395,18 +402,40 @@ def test_an_interrupted_generation_goes_on_with_the_same_draws(sampling, tmp_pat
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(evaluation, "sample_batch", breaks)
-    assert "interrupted" in refused(*sampling, "--out", out)
-    assert not out.exists()
-    with open(f"{out}.partial", "a") as file:
-        file.write('{"id": "half a li')
-    calls += [1] * 10
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "sample_batch", breaks)
+        assert "interrupted" in refused(*argv)
+
+def test_an_interrupted_generation_goes_on_with_the_same_draws(sampling, tmp_path, monkeypatch):
+    succeeds(*sampling, "--out", tmp_path / "whole.json")
+    out = tmp_path / "part.json"
+    interrupt(monkeypatch, *sampling, "--out", out)
+    kept = Path(f"{out}.partial").read_text()
+    assert not out.exists() and len(kept.splitlines()) == 3
+    # killed while it wrote
+    Path(f"{out}.partial").write_text(kept + '{"id": "half a li')
+
+    asked, real = [], evaluation.sample_batch
+
+    def count(sampler, prompts, *further):
+        asked.extend(prompts)
+        return real(sampler, prompts, *further)
+
+    monkeypatch.setattr(evaluation, "sample_batch", count)
     succeeds(*sampling, "--out", out)
-    batches = math.ceil(len(texts(out)) / 8)
-    # three batches of all were kept
-    assert len(calls) - 14 == batches - 3
     assert texts(out) == texts(tmp_path / "whole.json")
+    # three batches of eight were kept
+    assert len(asked) == len(texts(out)) - 24
     assert not Path(f"{out}.partial").exists()
+
+@pytest.mark.parametrize("flags", ["--seed 1", "--temperature 0.5", "--top_p 0.5"])
+def test_other_draws_are_not_gone_on_with(sampling, tmp_path, monkeypatch, flags):
+    """What was interrupted under other flags is of no use."""
+    out = tmp_path / "part.json"
+    interrupt(monkeypatch, *sampling, "--out", out)
+    for path in (out, tmp_path / "whole.json"):
+        succeeds(*sampling, *flags.split(), "--out", path)
+    assert texts(out) == texts(tmp_path / "whole.json")
 
 @pytest.mark.parametrize("left", ['{"id": "other", "answers": [[["stale", true]]]}\n', "no JSON\n"])
 def test_what_other_settings_have_left_is_not_mixed_in(toy, tmp_path, left):
@@ -539,12 +568,21 @@ def test_a_further_model_adds_its_rows_and_changed_answers_are_refused(three, tm
     before = path.read_text()
     succeeds("winrate", *three, "--judge", "gold")
     assert path.read_text().startswith(before) and len(read_lines(path)) == 12
-    out = succeeds("winrate", "--judgments", path)
-    assert line_of("x against z", out)[0] == 100
     outputs(three[0], "x", ["changed"] * 4)
     before = path.read_text()
     assert "other answers" in refused("winrate", *three, "--judge", "gold")
     assert path.read_text() == before
+
+def test_a_recount_of_the_judgments_prints_the_same_tables(three, tmp_path):
+    out = succeeds("winrate", *three, "--judge", "gold")
+    again = succeeds("winrate", *three, "--judgments", tmp_path / "judgments_gold.jsonl")
+    assert out == again
+
+def test_intervals_do_not_depend_on_how_questions_are_named():
+    """A recount names them by file and number: 10 must not move among them."""
+    points = {i: [math.sin(i) ** 2] for i in range(40)}
+    named = {f"judgments.jsonl {i}": value for i, value in points.items()}
+    assert evaluation.bootstrap(points) == evaluation.bootstrap(named)
 
 def test_one_game_a_prompt_in_an_order_that_the_seed_draws(three, tmp_path):
     prompts = [f"name two red foods except {item}" for item in ("tomato", "cod") for _ in range(20)]
@@ -751,8 +789,9 @@ def test_a_judges_prompt_and_parameters_are_the_users(serve, pair, tmp_path):
     assert body["messages"][0]["content"] == "Which one? End with [[A]], [[B]] or [[C]]."
     assert body["max_completion_tokens"] == 7 and body["temperature"] == 0.5
     assert "max_tokens" not in body
-    # judgments by another prompt are not taken for these
-    assert "another judge" in refused("winrate", *pair, "--judge", server.address)
+    # judgments by another prompt or other parameters are not taken for these
+    for other in (flags[:2], flags[2:]):
+        assert "another judge" in refused("winrate", *pair, "--judge", server.address, *other)
 
 def test_a_server_that_stumbles_is_asked_again(serve, pair):
     stumbles = [
@@ -790,10 +829,16 @@ def test_a_server_whose_answers_are_errors_is_quoted(serve, pair):
     flags = "--judge", server.address, "--out", pair[0].parent / "other.jsonl"
     assert "HTTP 400 context too long" in refused("winrate", *pair, *flags)
 
+@pytest.mark.parametrize("limit", [300, 700])
+def test_the_key_is_masked_before_anything_is_cut(limit):
+    """Wherever a cut falls, a key that was cut is no longer recognised."""
+    for n in range(limit):
+        assert KEY[:4] not in evaluation.shortened("x" * n + KEY + "y" * limit, limit)
+
 @pytest.mark.parametrize("status", [400, 401, 200])
-def test_the_key_is_masked_before_anything_is_cut(serve, pair, tmp_path, status):
-    """165 letters, then the header: a cut at 200 letters would leave half a key unmasked."""
-    server = serve(lambda text, n: (status, "x" * 165 + f" key Bearer {KEY}" + "y" * 300, {}))
+def test_a_server_that_repeats_the_header_does_not_print_the_key(serve, pair, tmp_path, status):
+    """The cut at 300 letters falls into the key."""
+    server = serve(lambda text, n: (status, "x" * 270 + f" key Bearer {KEY}" + "y" * 300, {}))
     code, out, err = run("winrate", *pair, "--judge", server.address)
     written = "".join(path.read_text() for path in tmp_path.glob("judgments*"))
     assert code == 2 and "xxx" in err
