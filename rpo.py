@@ -5,12 +5,11 @@ $ python rpo.py --eta 0 --out_dir out/dpo                            # DPO
 $ torchrun --nproc_per_node 8 rpo.py --model ...                     # on eight GPUs
 
 RPO differs from DPO by one term. With x a prompt, y_w its chosen and y_l its rejected response,
-    h = log pi(y_w|x) / ref(y_w|x)  -  log pi(y_l|x) / ref(y_l|x)
+    h = log(pi(y_w|x) / ref(y_w|x)) - log(pi(y_l|x) / ref(y_l|x))
 and the loss of one pair is
     --sft sum    -log sigmoid(beta * h) - eta * beta * log pi(y_w|x)      (Algorithm 2)
     --sft mean   -log sigmoid(beta * h) - eta * log pi(y_w|x) / |y_w|     (averaged form)
 A step descends its mean over the global batch, however many micro-batches and ranks share it.
-
 One pair's way: 1) tokenize_pair  2) micro_batches  3) collate  4) PairLogps  5) rpo_loss"""
 import fcntl
 import hashlib
@@ -19,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -39,11 +39,11 @@ class Options:
     model: str = HfArg(default="data/toy/model", help="policy at the start: folder or hub name")
     ref_model: str = HfArg(default="", help="reference; empty: --model as it is before training")
     data: str = HfArg(default="data/toy", help="folder with train.jsonl and perhaps test.jsonl")
-    beta: float = HfArg(default=0.1, help="pull to the reference; 0 with --sft mean: SFT alone")
+    beta: float = HfArg(default=0.1, help="pull to the reference; 0: SFT alone, with --sft mean")
     eta: float = HfArg(default=0.5, help="weight of the SFT term; 0: DPO")
     sft: Literal["sum", "mean"] = HfArg(default="sum", help="form of the SFT term, see rpo_loss")
     batch_size: int = HfArg(default=16, help="pairs of an optimizer step, over all ranks")
-    max_length: int = HfArg(default=1024, help="tokens; longer pairs are dropped, never cut")
+    max_length: int = HfArg(default=1024, help="tokens, prompt + response; longer pairs are dropped")
     max_prompt_length: int = HfArg(default=512, help="tokens; longer prompts are cut on the left")
     epochs: int = HfArg(default=10, help="passes over the pairs")
     learning_rate: float = HfArg(default=5e-4, help="peak; about 5e-7 for a 7B model")
@@ -66,10 +66,9 @@ RESUME_MAY_CHANGE = ("data", "out_dir", "max_tokens", "max_steps", "eval_every",
 
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
     """5) The loss of each pair (B,), to be averaged over the global batch, and metrics {name: (B,)}.
-
     policy_logps, ref_logps (B, 2): summed log-probs, in nats, of [chosen, rejected].
-    chosen_lengths (B,): tokens of the response that SFT imitates: the chosen one, unless
-    baseline_logps (B,) are the policy's log-probs of another."""
+    chosen_lengths (B,): tokens of the response that SFT imitates. That is the chosen one, unless
+    baseline_logps (B,) has the policy's log-probs of another (docs/changes/baseline.diff)."""
     logratios = policy_logps - ref_logps  # (B, 2)
     rewards = beta * logratios
     h = logratios[:, 0] - logratios[:, 1]  # (B,)
@@ -110,14 +109,14 @@ def render(tokenizer, prompt, response=None):
         return prompt if response is None else prompt + response + tokenizer.eos_token
     if response is None:
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    # what the template writes behind the end-of-turn token, often a newline, is not to be learnt
+    # what the template writes after the end-of-turn token, often a newline, is not to be learnt
     text = tokenizer.apply_chat_template(prompt + response, tokenize=False).rstrip()
     special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
     return text if text.endswith(special) else text + tokenizer.eos_token
 
 def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
-    """1) A record {"prompt", "chosen", "rejected"}, strings or lists of messages, -> the same keys
-    with token ids; or the reason to drop it, a string."""
+    """1) A record {"prompt", "chosen", "rejected"}, strings or lists of messages, -> the same keys,
+    in this order, with lists of token ids; or the reason to drop the record, a string."""
     if record["chosen"] == record["rejected"]:
         return "identical responses"
     texts = {"prompt": render(tokenizer, record["prompt"])}
@@ -129,7 +128,7 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
     # chat templates write their own BOS token, raw text gets the tokenizer's
     raw = isinstance(record["prompt"], str)
     ids = {key: tokenizer(text, add_special_tokens=raw).input_ids for key, text in texts.items()}
-    # a token may span the end of the prompt and the start of a response: it is the response's
+    # the prompt is what all three begin with: a token that spans its end is the responses'
     n = len(os.path.commonprefix(list(ids.values())))
     prompt = ids.pop("prompt")[:n]
     if not prompt or prompt[:2] == [tokenizer.bos_token_id] * 2:
@@ -153,11 +152,13 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
 def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
     """The pairs of a JSON-lines file; prints how many others are dropped for which reason."""
     def tokenize(line, number):
+        if not line.strip():
+            return {"pair": '"blank line"'}
         try:
             pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
         except Exception as error:
-            raise ValueError(f"{path} line {number + 1} is no pair of prompt, chosen, rejected: {error!r}")
-        return {"pair": json.dumps(pair)}
+            raise ValueError(f"{path} line {number + 1} is no usable prompt, chosen, rejected: {error!r}")
+        return {"pair": json.dumps(pair)}  # a column holds one type: here text
 
     # on all cores that this rank has; a second start finds the result in the cache of `datasets`
     lines = load_dataset("text", data_files=str(path), split="train")
@@ -186,15 +187,16 @@ def global_batches(n, batch_size, seed, epochs):
         for batch in torch.randperm(n, generator=generator).split(batch_size):
             yield batch.tolist()
 
-def row_length(pair, shared=True):
-    """Tokens of a pair's rows: one row with all, or a row a response, padded to the longest."""
+def row_length(pair, shared):
+    """Tokens that collate makes of a pair: one row, or a row a response, padded to the longest."""
     prompt, *responses = [len(ids) for ids in pair.values()]
-    return prompt + sum(responses) if shared else len(responses) * (prompt + max(responses))
+    one_row = prompt - 1 + sum(1 + n for n in responses)
+    return one_row if shared else len(responses) * (prompt + max(responses))
 
 def micro_batches(pairs, max_tokens, shared, rank=0, world_size=1):
-    """2) This rank's share of a batch, longest pairs first: lists of indices that fit max_tokens
-    when padded, each with its weight. Ranks make equally many passes, so that they meet in the
-    last: one that has no pair left repeats another's, with weight 0."""
+    """2) This rank's share of a batch, longest pairs first: lists of indices whose padded rows fit
+    max_tokens, each with its weight. Every rank yields equally often, for DDP waits for all of them
+    in the last backward pass: a rank that has no pair left repeats another's, with weight 0."""
     lengths = [row_length(pair, shared) for pair in pairs]
     rest = sorted(range(len(pairs)), key=lambda i: lengths[i], reverse=True)
     while rest:
@@ -205,9 +207,9 @@ def micro_batches(pairs, max_tokens, shared, rank=0, world_size=1):
 
 def collate(pairs, shared=True, device="cpu"):
     """3) B pairs -> R padded rows of T tokens: each a prompt and its responses, or, where a model
-    cannot share the prompt, a prompt and one response. input_ids, position_ids, branch (R, T):
-    branch is 0 for a prompt, -1 for padding, else the number of the response, 1 to 2 B. It repeats
-    the prompt's last token in front, so that each token is predicted by the one before it."""
+    cannot share the prompt, a prompt and one response. Each response starts with a copy of the
+    prompt's last token, for a token is predicted by the one before it. Prompt a b, responses c d and e:
+    input_ids a b c d b e, position_ids 0 1 2 3 1 2, branch 0 1 1 1 2 2 (-1 in padding), each (R, T)."""
     if not shared:
         pairs = [{"prompt": p["prompt"], side: p[side]} for p in pairs for side in list(p)[1:]]
     rows, number = [], 0
@@ -244,7 +246,7 @@ class PairLogps(torch.nn.Module):
             inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            # the model without its head; base_model of some (Llama 4) is the whole
+            # the transformer without its head; base_model has the head, too, in Llama 4
             body = getattr(self.model, "model", self.model.base_model)
             hidden = body(**inputs, use_cache=False)[0]  # (R, T, D)
 
@@ -256,14 +258,14 @@ class PairLogps(torch.nn.Module):
             scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)
             hidden = scale * hidden[row, column]  # (N, D)
 
-            # in chunks, whose logits are computed again in backward: no (R, T, V) exists
+            # the logits of 256 tokens at a time, computed again in backward: no (R, T, V) exists
             head = self.model.get_output_embeddings()  # weight (V, D)
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
             nll = F.linear_cross_entropy(
                 hidden.to(self.dtype), head.weight, ids[row, column + 1],
                 linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
 
-        # the sum over each response's tokens, in float64: bfloat16 would lose whole nats
+        # sum over each response's tokens, in float64: bfloat16 would lose whole nats; 0 is the prompt's
         logps = torch.zeros(branch.max() + 1, dtype=torch.float64, device=nll.device)
         return logps.index_add(0, branch[row, column], -nll.double())[1:].view(-1, 2)
 
@@ -279,8 +281,8 @@ def load_model(path):
 
 @torch.no_grad()
 def can_share(model, pair):
-    """Whether rows that share a prompt give the log-probs of the model's own forward. They do not
-    where a state or a distance runs along the row (Mamba, ALiBi) or a window is shorter than it."""
+    """Compares our log-probs with those of the model's plain forward: True, rows may share a prompt;
+    False, each response needs its own, as with Mamba, ALiBi or a window shorter than the row."""
     prompt, *responses = pair.values()
     own = []
     for response in responses:
@@ -316,13 +318,11 @@ def save_checkpoint(path, model, optimizer, tokenizer, state):
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        moments = {}
-        for name, weight in model.named_parameters():
-            moments |= {f"{name}.{key}": tensor for key, tensor in optimizer.state[weight].items()}
+        moments = {f"{name}.{key}": tensor for name, weight in model.named_parameters()
+                   for key, tensor in optimizer.state[weight].items()}
         save_file(moments, aside / "optimizer.safetensors")
         (aside / "trainer_state.json").write_text(json.dumps(state, indent=1))
-        # safetensors writes files that only their owner can read
-        for file in aside.iterdir():
+        for file in aside.glob("*.safetensors"):  # written for their owner alone
             shutil.copymode(aside / "trainer_state.json", file)
         os.sync()
         os.rename(aside, path)  # killed at any moment, there is no half checkpoint
@@ -335,11 +335,11 @@ def newest_checkpoint(out_dir):
     return folders[-1] if folders else None
 
 def learning_rate(step, steps, o):
-    """Linear warm-up, then a cosine that would reach 0 at the end of the planned steps."""
+    """Of step 1, 2, ...: a linear warm-up, then a cosine that would reach 0 after the last step."""
     warmup_steps = math.ceil(o.warmup_ratio * steps)
-    if step < warmup_steps:
-        return o.learning_rate * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if step <= warmup_steps:
+        return o.learning_rate * step / warmup_steps
+    done = (step - 1 - warmup_steps) / max(1, steps - warmup_steps)
     return o.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 def pair_losses(logps, ref_logps, pairs, o):
@@ -353,7 +353,7 @@ def train_step(policy, optimizer, pairs, ref_logps, o, shared):
     sums = 0
     for m, (indices, weight) in enumerate(micro):
         # ranks average their gradients once a step, in the last backward pass
-        policy.require_backward_grad_sync = m == len(micro) - 1  # what DDP's no_sync() toggles
+        policy.require_backward_grad_sync = m == len(micro) - 1  # DDP's switch, idle without DDP
         mine = [pairs[i] for i in indices]
         logps = policy(collate(mine, shared, ref_logps.device))  # (B, 2)
         losses, metrics = pair_losses(logps, ref_logps[indices], mine, o)
@@ -369,7 +369,7 @@ def train_step(policy, optimizer, pairs, ref_logps, o, shared):
         raise ValueError(f"loss {row['loss']}, gradient norm {row['grad_norm']}: no step was made")
     optimizer.step()
     optimizer.zero_grad()
-    tokens = sum(row_length(pair) for pair in pairs)
+    tokens = sum(len(ids) for pair in pairs for ids in pair.values())
     row["tokens_per_second"] = tokens / (time.perf_counter() - start)
     if ref_logps.is_cuda:
         row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -386,10 +386,11 @@ def evaluate(step, module, pairs, ref_logps, o, shared):
 def open_run(o):
     """The log in --out_dir, locked against a second run; the checkpoint to go on from; its state."""
     os.makedirs(o.out_dir, exist_ok=True)
-    log = open(f"{o.out_dir}/metrics.jsonl" if dist.get_rank() == 0 else os.devnull, "a", buffering=1)
+    log = tempfile.TemporaryFile("w")  # rank 0 alone writes the log
+    if dist.get_rank() == 0:
+        log = open(f"{o.out_dir}/metrics.jsonl", "a", buffering=1)
     try:
-        if dist.get_rank() == 0:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another run is writing to {o.out_dir}")
     folder = newest_checkpoint(o.out_dir)
@@ -401,6 +402,7 @@ def open_run(o):
     options["training pairs"] = hashlib.sha256(Path(o.data, "train.jsonl").read_bytes()).hexdigest()
     state = {"step": -1, "options": options, "log_size": 0}
     if folder:
+        print0(f"--resume: from {folder}; should it be damaged, delete it and the one before is taken")
         state = json.loads((folder / "trainer_state.json").read_text())
     for name, value in state["options"].items():
         if options[name] != value:
@@ -410,8 +412,8 @@ def open_run(o):
 def main(o):
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
         raise ValueError("--beta 0 leaves no loss; SFT alone is --beta 0 --sft mean --eta 1")
-    if not 0 <= o.warmup_ratio <= 1:
-        raise ValueError(f"--warmup_ratio {o.warmup_ratio} is no share of the steps, 0 to 1")
+    if min(o.batch_size, o.epochs, o.max_prompt_length) < 1 or not 0 <= o.warmup_ratio <= 1:
+        raise ValueError("--batch_size, --epochs, --max_prompt_length: from 1; --warmup_ratio: 0 to 1")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -426,17 +428,17 @@ def main(o):
     tokenizer = AutoTokenizer.from_pretrained(o.model)
     if AutoTokenizer.from_pretrained(o.ref_model or o.model).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--ref_model {o.ref_model} has another vocabulary than {o.model}")
-    limits = o.max_length, o.max_prompt_length
-    pairs = {"train": load_pairs(f"{o.data}/train.jsonl", tokenizer, *limits)}
+    pairs = {"train": load_pairs(f"{o.data}/train.jsonl", tokenizer, o.max_length, o.max_prompt_length)}
     if o.eval_every and os.path.exists(f"{o.data}/test.jsonl"):
-        pairs["test"] = load_pairs(f"{o.data}/test.jsonl", tokenizer, *limits)
+        pairs["test"] = load_pairs(f"{o.data}/test.jsonl", tokenizer, o.max_length, o.max_prompt_length)
     print0(show_pair(pairs["train"][0], tokenizer))  # look at it before you believe a run
     batches = list(global_batches(len(pairs["train"]), o.batch_size, o.seed, o.epochs))
     steps = len(batches)
     stop = min(steps, o.max_steps or steps)  # the schedule is planned on all steps
 
-    # the reference: its log-probs are computed once, by the module that computes the policy's
+    # the pair with the longest prompt + response, the first that a short window would cut
     longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, shared=False))
+    # the reference: its log-probs are computed once, by the module that computes the policy's
     model = load_model(o.ref_model or o.model).to(device).requires_grad_(False)
     shared = can_share(model, longest)
     module = PairLogps(model, getattr(torch, o.dtype))
@@ -450,7 +452,7 @@ def main(o):
     if o.gradient_checkpointing:
         model.activation_checkpointing_enable()
     module = policy = PairLogps(model, getattr(torch, o.dtype))
-    if world_size > 1:
+    if world_size > 1:  # the policy is then the module in DDP; experts may idle in a step
         policy = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=o.weight_decay, fused=True)
     if folder:
@@ -458,23 +460,22 @@ def main(o):
             weight, _, key = name.rpartition(".")
             optimizer.state[model.get_parameter(weight)][key] = tensor
 
-    # what is logged behind the checkpoint will be logged again
-    if log.tell() > state["log_size"]:
-        log.truncate(state["log_size"])
-    def write_row(row):
+    # rows logged after the checkpoint will be logged again
+    log.truncate(min(log.tell(), state["log_size"]))
+    def write_row(step, row):
         log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row) + "\n")
 
     for step in tqdm(range(state["step"] + 1, stop + 1), "train", unit="step", disable=rank > 0):
         # step 0 makes no update: it is the policy before training
         if step > 0:
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, o)
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, o)
             batch = batches[step - 1]
             some, ref = [pairs["train"][i] for i in batch], ref_logps["train"][batch]
-            write_row({"lr": lr} | train_step(policy, optimizer, some, ref, o, shared))
+            write_row(step, {"lr": lr} | train_step(policy, optimizer, some, ref, o, shared))
 
         last = step == stop
         if "test" in pairs and (last or step % o.eval_every == 0):
-            write_row(evaluate(step, module, pairs["test"], ref_logps["test"], o, shared))
+            write_row(step, evaluate(step, module, pairs["test"], ref_logps["test"], o, shared))
         if rank == 0 and step > 0 and (last or (o.save_every and step % o.save_every == 0)):
             # a run that --max_steps stopped early can go on: its last checkpoint is not final
             path = Path(o.out_dir, "final" if step == steps else f"step_{step:06d}")
@@ -491,8 +492,7 @@ def run(argv=None):
         if "RPO_TRACEBACK" in os.environ:
             raise
         text = " ".join(f"{type(error).__name__} {error}".split())[:500]
-        kept = newest_checkpoint(o.out_dir) or "none"
-        tqdm.write(f"error: {text} (checkpoint kept: {kept}; delete it if it is damaged)", file=sys.stderr)
+        tqdm.write(f"error: {text} (newest checkpoint: {newest_checkpoint(o.out_dir)})", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":
