@@ -1,5 +1,7 @@
-"""The commands that a reader types, from README.md and the heads of the files: all parse, the toy world's run."""
+"""What the texts promise: every command parses, the toy world's run, the walkthrough is true."""
 import argparse
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -8,26 +10,34 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
 import eval as evaluation
 import prepare_data
 import rpo
 from conftest import ENV, ROOT, run
 
-README = ROOT / "README.md"
-TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
-needs_readme = pytest.mark.skipif(not TEXT, reason="there is no README.md yet")
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = {"rpo.py": rpo, "prepare_data.py": prepare_data, "eval.py": evaluation}
-# what makes a command of the toy world short; the last of two equal flags counts
-SHORTER = {"prepare_data.py": ["--limit", "40", "--test_size", "8", "--sft_steps", "20"],
-           "rpo.py": ["--max_steps", "3"],
-           "prefs": ["--prompts", "4", "--max_new_tokens", "4"], "generate": ["--max_new_tokens", "4"]}
+# what makes a command of the toy world short; of two equal flags the last one counts
+SHORTER = {
+    "prepare_data.py": ["--limit", "40", "--test_size", "8", "--sft_steps", "20"],
+    "rpo.py": ["--max_steps", "3"],
+    "prefs": ["--prompts", "4", "--max_new_tokens", "4"],
+    "generate": ["--max_new_tokens", "4", "--limit", "40"],
+}
+
+# ------------------------------------------------------------------------------------------------
+# commands
 
 def simple_commands(text):
-    """The commands of a shell text, loops, pipes and chains taken apart, as lists of words; a variable is set to 1."""
+    """The commands of a shell text, as lists of words: chains, pipes and loops are taken apart."""
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.shlex(re.sub(r"\$(\w+|\{\w+\})", "1", line), posix=True, punctuation_chars=True)
-        words.whitespace_split, words.commenters = True, "#"
+        line = re.sub(r"\$(\w+|\{\w+\})", "1", line)  # a variable becomes 1
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        words.commenters = "#"
         command = []
         for word in [*words, ";"]:
             if word and set(word) <= set(";&|()<>"):
@@ -38,112 +48,206 @@ def simple_commands(text):
                 command.append(word)
 
 def calls(text):
-    """(launcher, program, arguments) of each command in a text that starts one of the three programs."""
+    """(launcher, program, arguments) of every command that starts one of the three programs."""
     for command in simple_commands(text):
         for i, word in enumerate(command):
             if word in PROGRAMS and command[0] in ("python", "python3", "torchrun"):
-                yield command[:i], word, command[i + 1:]
+                yield command[:i], word, command[i + 1 :]
 
-BLOCKS = "\n".join(re.findall(r"```(?:bash|sh|shell)\n(.*?)```", TEXT, flags=re.S))
-HEADS = "\n".join(line for program in PROGRAMS.values() for line in program.__doc__.splitlines()
-                  if re.match(r" *(python|torchrun) ", line) and " | " not in line)
-README_CALLS = list(calls(BLOCKS))
+def shell_text(page):
+    """The shell blocks of a page, and what it indents by four."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:bash|sh|shell)\n(.*?)```", text, flags=re.S)
+    without_blocks = re.sub(r"```.*?```", "", text, flags=re.S)
+    indented = re.findall(r"^ {4}(.*)$", without_blocks, flags=re.M)
+    commands = "\n".join(indented).replace("\\\n", " ").splitlines()
+    typed = [line for line in commands if re.match(r" *(python|torchrun) ", line)]
+    return "\n".join([*blocks, *typed])
 
-def ranks(launcher):
+README_CALLS = list(calls(shell_text(ROOT / "README.md")))
+ALL_CALLS = [call for page in PAGES for call in calls(shell_text(page))]
+
+def processes(launcher):
+    """How many processes a launcher starts, on all nodes."""
     flags = dict(zip(launcher[1:], launcher[2:]))
-    flags |= dict(word.split("=", 1) for word in launcher if "=" in word)
     return int(flags.get("--nproc_per_node", 1)) * int(flags.get("--nnodes", 1))
 
-@pytest.mark.parametrize("launcher, program, arguments", README_CALLS + list(calls(HEADS)),
-                         ids=lambda part: " ".join(part) if isinstance(part, list) else part)
+def options_of(arguments):
+    """rpo.py's own reading of its flags; --fsdp comes with a patch, which has tests of its own."""
+    arguments = [word for word in arguments if word != "--fsdp"]
+    (o,) = HfArgumentParser(rpo.Options, allow_abbrev=False).parse_args_into_dataclasses(arguments)
+    return o
+
+@pytest.mark.parametrize("launcher, program, arguments", ALL_CALLS, ids=lambda part: str(part))
 def test_every_command_parses(launcher, program, arguments, monkeypatch):
     """A flag that was renamed, or a value that is no longer allowed, must not survive in a text."""
     class Parsed(Exception):
         pass
-    parse = argparse.ArgumentParser.parse_args
+
+    parse_args = argparse.ArgumentParser.parse_args
+
     def parse_only(self, argv=None, namespace=None):
-        raise Parsed(parse(self, argv, namespace))
-    monkeypatch.setattr(rpo, "WORLD_SIZE", ranks(launcher))
-    monkeypatch.setattr(rpo.importlib.util, "find_spec", lambda name: True)  # trackers need not be installed here
+        parse_args(self, argv, namespace)
+        raise Parsed
+
     if program == "rpo.py":
-        rpo.parse_options(arguments)
-    else:
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-        monkeypatch.setattr(sys, "argv", [program, *arguments])
-        with pytest.raises(Parsed):
-            PROGRAMS[program].main()
+        options_of(arguments)
+        return
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setenv("RPO_TRACEBACK", "1")
+    with pytest.raises(Parsed):
+        PROGRAMS[program].run(arguments)
 
 def value(arguments, flag, default=""):
     return arguments[arguments.index(flag) + 1] if flag in arguments else default
 
 def is_toy(program, arguments, folder):
-    """Whether a command needs no more than what the toy world's commands before it have left in the folder."""
+    """Whether a command needs only what the toy world's commands before it left in the folder."""
     if program == "prepare_data.py":
         return not arguments or arguments[0].startswith("--") or arguments[0] == "toy"
     wanted = [value(arguments, "--data", "data/toy"), value(arguments, "--model", "data/toy/model")]
     if program == "eval.py":
         out = value(arguments, "--out")
-        wanted = [word for word in arguments[1:] if "/" in word and word != out and not word.startswith("--")]
-    return all(Path(folder, path).exists() for path in wanted) and not {"--recipe", "--tracker"} & set(arguments)
+        words = [word for word in arguments[1:] if "/" in word and not word.startswith("--")]
+        wanted = [word for word in words if word != out]
+    return all(Path(folder, path).exists() for path in wanted)
 
-@needs_readme
+def run_as_typed(launcher, program, arguments):
+    env = ENV | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), ENV["PATH"]])}
+    command = [*launcher, ROOT / program, *arguments]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+
 def test_the_toy_worlds_commands_run(tmp_path, monkeypatch):
-    """In the order of the README, in an empty folder, each shortened; the first `torchrun rpo.py` as typed."""
+    """In the order of the README, in an empty folder, each shortened; the quick start as typed."""
     monkeypatch.chdir(tmp_path)
-    done, env = [], ENV | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), ENV["PATH"]])}
+    monkeypatch.setenv("RPO_TRACEBACK", "1")
+    done = []
     for launcher, program, arguments in README_CALLS:
-        if not is_toy(program, arguments, tmp_path) or ranks(launcher) > 2:
+        if not is_toy(program, arguments, tmp_path) or processes(launcher) > 1:
             continue
         kind = arguments[0] if program == "eval.py" else program
         arguments = arguments + SHORTER.get(kind, [])
-        if program == "rpo.py" and (ranks(launcher) == 2 or "torchrun" not in str(done)):
-            launcher = launcher[:1] + ["--standalone"] + launcher[1:] if launcher[0] == "torchrun" else launcher
-            result = subprocess.run([*launcher, ROOT / program, *arguments], env=env, capture_output=True, text=True,
-                                    timeout=120)
-            assert result.returncode == 0, result.stderr[-3000:]
+        if program == "rpo.py" and not arguments[0].startswith("--out_dir") and "rpo.py" not in done:
+            run_as_typed(launcher, program, arguments)
         elif program == "rpo.py":
-            run(program, *arguments, *([] if "--out_dir" in arguments else ["--out_dir", "out/toy-rpo"]))
+            run(program, *arguments)
         else:
-            monkeypatch.setattr(sys, "argv", [program, *arguments])
-            PROGRAMS[program].main()
-        done.append((launcher[0], kind))
-    assert ("python", "prepare_data.py") in done and ("torchrun", "rpo.py") in done
-    shown = {arguments[0] for _, program, arguments in README_CALLS if program == "eval.py"}
-    assert {kind for _, kind in done} >= shown & {"prefs", "generate", "winrate", "plot"}  # each was run once at least
-    assert Path("out/toy-rpo/final/model.safetensors").exists()
+            PROGRAMS[program].run(arguments)
+        done.append(kind)
+        # a shortened run ends in a step folder: the commands that follow ask for final/
+        for folder in Path("out").glob("*/step_*"):
+            if not (folder.parent / "final").exists():
+                folder.rename(folder.parent / "final")
+    shown = {"rpo.py", "prepare_data.py", "prefs", "generate", "winrate", "plot", "label"}
+    assert set(done) >= shown
 
-@needs_readme
 def test_installation_is_shown():
     """What CI does in a fresh environment is what the README says."""
-    commands = list(simple_commands(BLOCKS))
-    assert ["pip", "install", "-r", "requirements.txt"] in commands and ["python", "-m", "pytest"] in commands
+    commands = list(simple_commands(shell_text(ROOT / "README.md")))
+    assert ["pip", "install", "-r", "requirements.txt"] in commands
+    assert ["python", "-m", "pytest"] in commands
 
-@needs_readme
-@pytest.mark.parametrize("recipe", rpo.RECIPES)
-def test_recipes_are_in_the_readme(recipe):
-    """The README's row of a recipe has its numbers, and a command shows it on eight GPUs, 16 pairs each."""
-    o = rpo.parse_options(["--recipe", recipe])
-    rows = [line for line in TEXT.splitlines() if re.match(rf"\| *`?{recipe}`? *\|", line)]
-    assert rows, f"no table row begins with {recipe}"
-    for number in (o.beta, o.eta, o.sft, o.batch_size, o.epochs):
-        assert any(re.search(rf"(?<![\w.]){re.escape(str(number))}(?![\w.]|-\w)", row) for row in rows), (number, rows)
-    assert any(ranks(launcher) == 8 and o.batch_size % 8 == 0 for launcher, program, arguments in README_CALLS
-               if "--recipe" in arguments)
+# ------------------------------------------------------------------------------------------------
+# recipes
 
-def test_size():
-    """The trainer fits in one sitting: under 500 lines; no line of the programs is longer than 120 characters."""
-    assert len((ROOT / "rpo.py").read_text(encoding="utf-8").splitlines()) < 500
-    for program in PROGRAMS:
-        for number, line in enumerate((ROOT / program).read_text(encoding="utf-8").splitlines(), 1):
-            assert len(line) <= 120, f"{program} line {number} has {len(line)} characters"
+PAPER = dict(
+    learning_rate=5e-7, batch_size=128, max_length=1024, seed=42, dtype="bfloat16",
+    ref_model="", weight_decay=0.0, grad_clip=1.0)
+BETA_SERIES = dict(model="HuggingFaceH4/mistral-7b-sft-beta", data="data/ultrafeedback")
+GEMMA = dict(model="HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", data="data/dpo-mix-7k", epochs=2)
+SUM = dict(eta=0.005, sft="sum", warmup_ratio=0.1, max_prompt_length=512)
+# as long as the whole pair may be: no limit of its own
+MEAN = dict(eta=0.2, sft="mean", warmup_ratio=0.03, max_prompt_length=1024)
+RECIPES = {
+    "out/zephyr-beta": PAPER | BETA_SERIES | SUM | dict(beta=0.01, epochs=1),
+    "out/zephyr-gemma": PAPER | GEMMA | SUM | dict(beta=0.05),
+    "out/zephyr-gemma-mean": PAPER | GEMMA | MEAN | dict(beta=0.5),
+}
+
+@pytest.mark.parametrize("out_dir", RECIPES)
+def test_recipes_are_the_papers(out_dir):
+    """Each of the paper's runs is one command with every flag in sight, for eight GPUs."""
+    (found,) = [call for call in README_CALLS if value(call[2], "--out_dir") == out_dir]
+    launcher, program, arguments = found
+    o = options_of(arguments)
+    assert {name: getattr(o, name) for name in RECIPES[out_dir]} == RECIPES[out_dir]
+    assert processes(launcher) == 8 and o.batch_size % 8 == 0
+    shown = {word.removeprefix("--") for word in arguments if word.startswith("--")}
+    assert shown >= RECIPES[out_dir].keys() - {"ref_model", "weight_decay", "grad_clip"}
+
+# ------------------------------------------------------------------------------------------------
+# the walkthrough
+
+BLOCKS = re.findall(r"```(python|text)\n(.*?)```", TEXT[TEXT.index("## The walkthrough") :], flags=re.S)
+
+def test_the_walkthrough_prints_what_it_shows():
+    """Its blocks, run in their order in one session, print the texts below them, to the letter."""
+    names, printed = {}, ""
+    compared = 0
+    for language, text in BLOCKS:
+        if language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(text, names)
+            printed = out.getvalue()
+        else:
+            assert printed == text
+            compared += 1
+    assert compared == 6
+
+LINKS = re.findall(r"\[`(\w+)`\]\(rpo\.py#L(\d+)\)", TEXT)
+
+@pytest.mark.parametrize("name, line", LINKS)
+def test_line_links_point_at_what_they_name(name, line):
+    source = (ROOT / "rpo.py").read_text(encoding="utf-8").splitlines()
+    assert re.match(rf"(def|class) {name}\b", source[int(line) - 1])
+
+def test_every_hop_is_linked():
+    hops = {"tokenize_pair", "micro_batches", "collate", "PairLogps", "rpo_loss"}
+    assert hops <= {name for name, _ in LINKS}
+
+# ------------------------------------------------------------------------------------------------
+# form
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """A link to a file of the repository, or to a heading of the page itself."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+def test_the_readme_is_read_in_one_sitting():
+    """Between 2,000 and 2,800 words, code and tables counted."""
+    assert 2000 <= len(TEXT.split()) <= 2800
+
+def test_code_and_tables_fit_a_page():
+    """Lines of code are at most 100 columns wide, tables have at most 6 columns."""
+    inside = False
+    for number, line in enumerate(TEXT.splitlines(), 1):
+        inside ^= line.startswith("```")
+        if inside or line.startswith("    "):
+            assert len(line) <= 100, number
+        if line.startswith("|") and not inside:
+            assert len(re.findall(r"(?<!\\)\|", line)) - 1 <= 6, number
 
 def test_shell_texts_are_taken_apart():
-    """Chains, loops, continued lines, variables, comments and assignments, as the other tests here rely on."""
-    text = ("pip install -r requirements.txt && python prepare_data.py --show 3  # three pairs\n"
-            "for s in 1 2; do N=1 torchrun --nproc_per_node=2 rpo.py --seed $s --out_dir 'out/a b'; done\n"
-            "torchrun --nnodes 2 --nproc_per_node 8 \\\n    rpo.py --recipe zephyr-beta\ncat rpo.py | head\n")
-    assert list(calls(text)) == [
+    """Chains, loops, continued lines, variables and comments, as the other tests rely on."""
+    text = (
+        "pip install -r requirements.txt && python prepare_data.py --show 3  # three pairs\n"
+        "for s in 1 2; do N=1 torchrun --nproc_per_node 2 rpo.py --seed $s --out_dir 'a b'; done\n"
+        "torchrun --nnodes 2 --nproc_per_node 8 \\\n    rpo.py --beta 1\ncat rpo.py | head\n")
+    two_ranks = ["torchrun", "--nproc_per_node", "2"]
+    two_nodes = ["torchrun", "--nnodes", "2", "--nproc_per_node", "8"]
+    found = list(calls(text))
+    assert found == [
         (["python"], "prepare_data.py", ["--show", "3"]),
-        (["torchrun", "--nproc_per_node=2"], "rpo.py", ["--seed", "1", "--out_dir", "out/a b"]),
-        (["torchrun", "--nnodes", "2", "--nproc_per_node", "8"], "rpo.py", ["--recipe", "zephyr-beta"])]
-    assert [ranks(launcher) for launcher, _, _ in calls(text)] == [1, 2, 16]
+        (two_ranks, "rpo.py", ["--seed", "1", "--out_dir", "a b"]),
+        (two_nodes, "rpo.py", ["--beta", "1"]),
+    ]
+    assert [processes(launcher) for launcher, _, _ in found] == [1, 2, 16]
