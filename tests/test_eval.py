@@ -204,6 +204,15 @@ def test_training_pairs_are_measured_beside_held_out_ones(models, tokenizer, toy
     assert row["train/logps/chosen_vs_ref"] == pytest.approx((logps[0] - logps[1]).mean(), abs=1e-4)
     assert "kl" not in row and "12 pairs" in out
 
+def test_the_first_pairs_alone_are_measured_where_asked(models, tokenizer, toy, tmp_path):
+    shutil.copytree(toy / "run", tmp_path / "run")
+    flags = "--ref_model", toy / "model", "--data", toy, "--pairs", 5, "--prompts", 0
+    succeeds("prefs", "--model", tmp_path / "run", *flags)
+    row = read_lines(tmp_path / "run" / "prefs.jsonl")[1]
+    logps = independent_logps(models, tokenizer, toy / "test.jsonl")["chosen"][0, :5]
+    assert row["eval/logps/chosen"] == pytest.approx(logps.mean(), abs=1e-4)
+    assert row["by_length"]["all"]["pairs"] == 5 and "kl" not in row
+
 def test_length_groups_are_a_partition(measured):
     parts = dict(measured[0][1]["by_length"])
     whole = parts.pop("all")
