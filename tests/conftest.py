@@ -2,6 +2,7 @@
 A tiny random model, pairs of unequal lengths, and three ways to run the trainer: in this process,
 as a person starts it, and on several gloo ranks.
 """
+import gc
 import hashlib
 import itertools
 import json
@@ -41,6 +42,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rpo
 
+# what was imported is no garbage, and collecting the rest is quick
+gc.freeze()
 # runs are compared bit for bit, and thread counts change the last bits
 torch.set_num_threads(1)
 # the cache of `datasets` does not see that an imported function has changed
@@ -136,6 +139,11 @@ def whole(world, tmp_path_factory):
     run(*command(world, out_dir))
     return out_dir
 
+def read_pairs(data, split, tokenizer):
+    """The pairs of a file one by one, without load_pairs."""
+    lines = Path(data, f"{split}.jsonl").read_text().splitlines()
+    return [rpo.tokenize_pair(json.loads(line), tokenizer) for line in lines]
+
 def plain_logp(model, pair, side):
     """A response's log-prob by the definition: the full logits of one row without padding."""
     ids = torch.tensor([pair["prompt"] + pair[side]])  # (1, T)
@@ -171,7 +179,11 @@ def refused(capsys, *argv):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(*argv)
-    assert stop.value.code == 2
+    code = stop.value.code
+    # what holds the run's lock would end with its process
+    del stop
+    gc.collect()
+    assert code == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err
     # progress bars rewrite their line

@@ -157,7 +157,7 @@ def test_more_than_two_responses_share_a_row():
 # the schedule
 
 def test_learning_rate():
-    """20 steps, warm-up 0.1: half at step 1, the peak at 2 and 3, then down to what 21 would end."""
+    """20 steps, warm-up 0.1: half the peak at step 1, the peak at 2 and 3, near 0 at step 20."""
     o = SimpleNamespace(learning_rate=8.0, warmup_ratio=0.1)
     rates = [rpo.learning_rate(step, 20, o) for step in (1, 2, 3, 12, 20)]
     end = 4 * (1 + math.cos(math.pi * 17 / 18))
