@@ -117,13 +117,13 @@ def render(tokenizer, prompt, response=None):
 def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
     """1) A record {"prompt", "chosen", "rejected"}, strings or lists of messages, -> the same keys,
     in this order, with lists of token ids; or the reason to drop the record, a string."""
-    if record["chosen"] == record["rejected"]:
-        return "identical responses"
     texts = {"prompt": render(tokenizer, record["prompt"])}
     for side in ("chosen", "rejected"):
         texts[side] = render(tokenizer, record["prompt"], record[side])
         if not texts[side].startswith(texts["prompt"]):
             return "the template renders the prompt differently when a response follows"
+    if texts["chosen"] == texts["rejected"]:
+        return "identical responses"
 
     # chat templates write their own BOS token, raw text gets the tokenizer's
     raw = isinstance(record["prompt"], str)
@@ -151,7 +151,7 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
 
 def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
     """The pairs of a JSON-lines file; prints how many others are dropped for which reason."""
-    def tokenize(line, number):
+    def tokenize(line, number, program=Path(__file__).read_text()):  # an edit of it misses the cache
         if not line.strip():
             return {"pair": '"blank line"'}
         try:
@@ -259,11 +259,12 @@ class PairLogps(torch.nn.Module):
             hidden = scale * hidden[row, column]  # (N, D)
 
             # the logits of 256 tokens at a time, computed again in backward: no (R, T, V) exists
-            head = self.model.get_output_embeddings()  # weight (V, D)
+            head = self.model.get_output_embeddings().named_parameters()  # weight (V, D), perhaps bias (V,)
+            head = {name: parameter.to(self.dtype) for name, parameter in head}
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
             nll = F.linear_cross_entropy(
-                hidden.to(self.dtype), head.weight, ids[row, column + 1],
-                linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
+                hidden.to(self.dtype), head["weight"], ids[row, column + 1],
+                linear_bias=head.get("bias"), reduction="none", options=chunks)  # (N,)
 
         # sum over each response's tokens, in float64: bfloat16 would lose whole nats; 0 is the prompt's
         logps = torch.zeros(branch.max() + 1, dtype=torch.float64, device=nll.device)
@@ -295,7 +296,7 @@ def can_share(model, pair):
             logps = PairLogps(model)(collate([pair], shared, model.device))[0]
         except Exception:  # models that know no mask of four dimensions fail each in its own way
             continue
-        if ((logps - own) / own).abs().max() < 1e-5:
+        if torch.allclose(logps, own.double(), rtol=1e-5, atol=1e-4):
             return shared
     raise ValueError(f"{type(model).__name__}: its rows do not give its own log-probs {own.tolist()}. "
                      "nan: broken weights; a soft cap on logits: apply docs/changes/soft_cap.diff")
@@ -331,8 +332,7 @@ def save_checkpoint(path, model, optimizer, tokenizer, state):
 
 def newest_checkpoint(out_dir):
     """The folder of the checkpoint with the most steps, or None."""
-    folders = [*sorted(Path(out_dir).glob("step_*[0-9]")), *Path(out_dir).glob("final")]
-    return folders[-1] if folders else None
+    return [None, *sorted(Path(out_dir).glob("step_*[0-9]")), *Path(out_dir).glob("final")][-1]
 
 def learning_rate(step, steps, o):
     """Of step 1, 2, ...: a linear warm-up, then a cosine that would reach 0 after the last step."""
@@ -485,7 +485,7 @@ def main(o):
 
 def run(argv=None):
     """Whatever goes wrong ends here, in one line; RPO_TRACEBACK=1 shows where it was raised."""
-    (o,) = HfArgumentParser(Options, allow_abbrev=False).parse_args_into_dataclasses(argv)
+    o = Options(**vars(HfArgumentParser(Options, allow_abbrev=False).parse_args(argv)))
     try:
         main(o)
     except (Exception, KeyboardInterrupt) as error:
