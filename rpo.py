@@ -213,7 +213,7 @@ def collate(pairs, shared=True, device="cpu"):
     if not shared:
         pairs = [{"prompt": p["prompt"], side: p[side]} for p in pairs for side in list(p)[1:]]
     rows, number = [], 0
-    for prompt, *responses in (pair.values() for pair in pairs):
+    for prompt, *responses in map(dict.values, pairs):
         start = len(prompt) - 1
         ids, position, branch = prompt[:-1], list(range(start)), [0] * start
         for response in responses:
@@ -259,8 +259,8 @@ class PairLogps(torch.nn.Module):
             hidden = scale * hidden[row, column]  # (N, D)
 
             # the logits of 256 tokens at a time, computed again in backward: no (R, T, V) exists
-            head = self.model.get_output_embeddings().named_parameters()  # weight (V, D), perhaps bias (V,)
-            head = {name: parameter.to(self.dtype) for name, parameter in head}
+            parameters = self.model.get_output_embeddings().named_parameters()
+            head = {name: tensor.to(self.dtype) for name, tensor in parameters}  # weight (V, D), bias (V,)
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
             nll = F.linear_cross_entropy(
                 hidden.to(self.dtype), head["weight"], ids[row, column + 1],
@@ -289,14 +289,14 @@ def can_share(model, pair):
     for response in responses:
         ids = torch.tensor([prompt + response], device=model.device)  # (1, T)
         logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (n, V)
-        own.append(-F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum"))
+        own.append(-F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").double())
     own = torch.stack(own)  # (2,)
     for shared in (True, False):
         try:
             logps = PairLogps(model)(collate([pair], shared, model.device))[0]
         except Exception:  # models that know no mask of four dimensions fail each in its own way
             continue
-        if torch.allclose(logps, own.double(), rtol=1e-5, atol=1e-4):
+        if torch.allclose(logps, own, rtol=1e-5, atol=1e-4):
             return shared
     raise ValueError(f"{type(model).__name__}: its rows do not give its own log-probs {own.tolist()}. "
                      "nan: broken weights; a soft cap on logits: apply docs/changes/soft_cap.diff")
@@ -402,7 +402,7 @@ def open_run(o):
     options["training pairs"] = hashlib.sha256(Path(o.data, "train.jsonl").read_bytes()).hexdigest()
     state = {"step": -1, "options": options, "log_size": 0}
     if folder:
-        print0(f"--resume: from {folder}; should it be damaged, delete it and the one before is taken")
+        print0(f"resumes from {folder}; if it is damaged, delete it, and the one before is taken")
         state = json.loads((folder / "trainer_state.json").read_text())
     for name, value in state["options"].items():
         if options[name] != value:
@@ -412,8 +412,8 @@ def open_run(o):
 def main(o):
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
         raise ValueError("--beta 0 leaves no loss; SFT alone is --beta 0 --sft mean --eta 1")
-    if min(o.batch_size, o.epochs, o.max_prompt_length) < 1 or not 0 <= o.warmup_ratio <= 1:
-        raise ValueError("--batch_size, --epochs, --max_prompt_length: from 1; --warmup_ratio: 0 to 1")
+    if min(o.batch_size, o.epochs, o.max_prompt_length, o.grad_clip) <= 0 or not 0 <= o.warmup_ratio <= 1:
+        raise ValueError("batch_size, epochs, max_prompt_length, grad_clip: above 0; warmup_ratio: 0 to 1")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -465,7 +465,7 @@ def main(o):
     def write_row(step, row):
         log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row) + "\n")
 
-    for step in tqdm(range(state["step"] + 1, stop + 1), "train", unit="step", disable=rank > 0):
+    for step in tqdm(range(state["step"] + 1, stop + 1), "train", disable=rank > 0):
         # step 0 makes no update: it is the policy before training
         if step > 0:
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, o)
