@@ -12,6 +12,7 @@ and the loss of one pair is
 A step descends its mean over the global batch, however many micro-batches and ranks share it.
 One pair's way: 1) tokenize_pair  2) micro_batches  3) collate  4) PairLogps  5) rpo_loss"""
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -161,7 +162,7 @@ def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf)
         return {"pair": json.dumps(pair)}  # a column holds one type: here text
 
     # on all cores that this rank has; a second start finds the result in the cache of `datasets`
-    lines = load_dataset("text", data_files=str(path), split="train")
+    lines = load_dataset("text", data_files=glob.escape(str(path)), split="train")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     jobs = max(1, min(cores, len(lines) // 1000))
     rows = lines.map(tokenize, input_columns="text", with_indices=True, num_proc=jobs)
@@ -259,14 +260,13 @@ class PairLogps(torch.nn.Module):
             hidden = scale * hidden[row, column]  # (N, D)
 
             # the logits of 256 tokens at a time, computed again in backward: no (R, T, V) exists
-            parameters = self.model.get_output_embeddings().named_parameters()
-            head = {name: tensor.to(self.dtype) for name, tensor in parameters}  # weight (V, D), bias (V,)
+            head = self.model.get_output_embeddings()  # weight (V, D), perhaps a bias (V,)
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
             nll = F.linear_cross_entropy(
-                hidden.to(self.dtype), head["weight"], ids[row, column + 1],
-                linear_bias=head.get("bias"), reduction="none", options=chunks)  # (N,)
+                hidden.to(self.dtype), head.weight.to(self.dtype), ids[row, column + 1],
+                linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
 
-        # sum over each response's tokens, in float64: bfloat16 would lose whole nats; 0 is the prompt's
+        # the sum over each response's tokens, in float64; number 0 is the prompts', and is left out
         logps = torch.zeros(branch.max() + 1, dtype=torch.float64, device=nll.device)
         return logps.index_add(0, branch[row, column], -nll.double())[1:].view(-1, 2)
 
@@ -491,7 +491,7 @@ def run(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
-        text = " ".join(f"{type(error).__name__} {error}".split())[:500]
+        text = " ".join(f"{type(error).__name__} {error.__cause__ or error}".split())[:500]
         tqdm.write(f"error: {text} (newest checkpoint: {newest_checkpoint(o.out_dir)})", file=sys.stderr)
         sys.exit(2)
 
