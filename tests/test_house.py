@@ -96,7 +96,7 @@ def called_name(node):
     return getattr(node.func, "attr", getattr(node.func, "id", None))
 
 def expressions_for_effect(source):
-    """What is done under a condition stands under an if: no `x or fail()`, no `f() if x else g()`."""
+    """What depends on a condition stands under an if: no `x or fail()`, no `f() if x else g()`."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, (ast.BoolOp, ast.IfExp)):
