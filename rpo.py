@@ -481,13 +481,13 @@ def main(o):
             path = Path(o.out_dir, "final" if step == steps else f"step_{step:06d}")
             state |= {"step": step, "log_size": log.tell()}
             save_checkpoint(path, model, optimizer, tokenizer, state)
-    dist.destroy_process_group()
 
 def run(argv=None):
     """Whatever goes wrong ends here, in one line; RPO_TRACEBACK=1 shows where it was raised."""
     o = Options(**vars(HfArgumentParser(Options, allow_abbrev=False).parse_args(argv)))
     try:
         main(o)
+        dist.destroy_process_group()  # when DDP is gone
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
