@@ -164,6 +164,13 @@ def test_a_damaged_checkpoint_deleted_leaves_the_one_before(world, whole, tmp_pa
     run(*command(world, out_dir, "--resume"))
     assert_same_run(out_dir, whole, tolerance=0)
 
+def test_a_resumed_run_says_from_where(world, whole, tmp_path, capsys):
+    """And what to do should that folder be damaged."""
+    out_dir = shutil.copytree(whole, tmp_path / "run")
+    run(*command(world, out_dir, "--resume"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "resume" in line]
+    assert str(out_dir / "final") in line and "delete" in line
+
 # ------------------------------------------------------------------------------------------------
 # ends that nobody planned
 
