@@ -491,7 +491,7 @@ def run(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
-        text = " ".join(f"{type(error).__name__} {error.__cause__ or error}".split())[:500]
+        text = " ".join(f"{type(error).__name__} {error}".split())[:500]
         tqdm.write(f"error: {text} (newest checkpoint: {newest_checkpoint(o.out_dir)})", file=sys.stderr)
         sys.exit(2)
 

@@ -288,3 +288,24 @@ def contents(folder):
 
 def copy_data(world, folder):
     return shutil.copytree(world.data, folder)
+
+# ------------------------------------------------------------------------------------------------
+# what rpo.py does not do yet: the tests state it as it should be, and are expected to fail
+
+NOT_YET = {
+    "test_a_fault_is_one_line_and_nothing_is_lost[empty]": "the line does not name the file",
+    "test_a_fault_is_one_line_and_nothing_is_lost[latin-1]": "the line does not name the file",
+    "test_a_fault_is_one_line_and_nothing_is_lost[weights cut]": "the line does not name the file",
+    "test_a_fault_is_one_line_and_nothing_is_lost[max_steps -1]": "negative numbers are taken",
+    "test_a_fault_is_one_line_and_nothing_is_lost[learning_rate -0.001]": "negative numbers are taken",
+    "test_a_fault_is_one_line_and_nothing_is_lost[beta -1]": "negative numbers are taken",
+    "test_a_loss_that_is_no_number_ends_the_run": "the line does not name the step",
+    "test_the_log_is_strict_json[flags0]": "an evaluation that is nan is logged as NaN",
+    "test_the_log_is_strict_json[flags1]": "an evaluation that is inf is logged as Infinity",
+    "test_the_program_ends_with_code_2": "without data the line does not name prepare_data.py",
+}
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.name in NOT_YET:
+            item.add_marker(pytest.mark.xfail(reason=NOT_YET[item.name], strict=True))
