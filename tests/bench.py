@@ -255,11 +255,14 @@ def memory_table(tokens=8192):
             parameters = sum(weight.numel() for weight in build().parameters())
         L, D, V = (sizes[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
         each = activation_bytes(build)
+        # the gradient of the head's weight in bfloat16 and as float32, and the logits of one chunk
+        # in either
+        head = 6 * D * V + 6 * 256 * V
         numbers = (
             16 * parameters,
             16 * parameters / 8,
             2 * parameters,
-            6 * D * V,
+            head,
             tokens * L * each,
             tokens * (4 * L * D + each),
         )
