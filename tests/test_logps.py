@@ -76,6 +76,19 @@ def test_float32_differs_by_rounding_alone(shared):
     found, wanted = gradients(model, logps.sum()), gradients(model, plain.sum())
     assert_close_gradients(found, wanted, rtol=1e-4, atol=1e-4)
 
+def test_bfloat16_computes_in_bfloat16():
+    """In the layers and in the head; weights and the sum over a response's tokens do not."""
+    model, pairs, dtypes = tiny_llama(), random_pairs(), []
+    down = model.model.layers[0].mlp.down_proj
+    down.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype))
+    batch = rpo.collate(pairs)
+    logps = rpo.PairLogps(model, torch.bfloat16)(batch)
+    assert dtypes == [torch.bfloat16]
+    assert down.weight.dtype == torch.float32 and logps.dtype == torch.float64
+    exact = rpo.PairLogps(model)(batch)
+    assert not torch.equal(logps, exact)
+    torch.testing.assert_close(logps, exact, rtol=0.05, atol=0)
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_many_chunks_are_one(shared):
     """The head takes 256 tokens at a time; here are 1,500, in value and gradient."""

@@ -143,13 +143,15 @@ def test_resume_after_a_kill_before_the_first_checkpoint(world, whole, tmp_path)
     run(*command(world, tmp_path, "--resume"))
     assert_same_run(tmp_path, whole, tolerance=0)
 
-def test_resume_after_a_kill_while_saving(world, whole, tmp_path):
+@pytest.mark.parametrize("name", ["final", "step_000004"])
+def test_resume_after_a_kill_while_saving(world, whole, tmp_path, name):
     """A half-written folder is no checkpoint, a torn last line is no row."""
     out_dir = shutil.copytree(whole, tmp_path / "run")
-    os.rename(out_dir / "final", out_dir / "final.tmp")
+    half = out_dir / f"{name}.tmp"
+    os.rename(out_dir / name, half)
+    shutil.rmtree(out_dir / "final", ignore_errors=True)
     for torn in ("model.safetensors", "trainer_state.json"):
-        path = out_dir / "final.tmp" / torn
-        path.write_bytes(path.read_bytes()[:40])
+        (half / torn).write_bytes((half / torn).read_bytes()[:40])
     with open(out_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "epoch": 2.0, "eval/lo')
     run(*command(world, out_dir, "--resume"))
@@ -330,11 +332,20 @@ def test_resume_may_begin_and_end_evaluation(world, whole, tmp_path, before, aft
 # ------------------------------------------------------------------------------------------------
 # one run, one folder
 
-def test_a_run_is_not_overwritten(world, whole, capsys):
-    """Without --resume a folder that holds a run is refused and stays as it is."""
-    before = contents(whole)
-    assert f"{whole} holds a run" in refused(capsys, *command(world, whole))
-    assert contents(whole) == before
+@pytest.mark.parametrize("left", [["final", "metrics.jsonl"], ["final"], ["metrics.jsonl"]])
+def test_a_run_is_not_overwritten(world, whole, tmp_path, capsys, left):
+    """Without --resume a folder that holds a checkpoint or rows is refused, and stays as it is."""
+    out_dir = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(out_dir / "step_000002")
+    shutil.rmtree(out_dir / "step_000004")
+    if "final" not in left:
+        shutil.rmtree(out_dir / "final")
+    if "metrics.jsonl" not in left:
+        (out_dir / "metrics.jsonl").unlink()
+    before = contents(out_dir)
+    assert f"{out_dir} holds a run" in refused(capsys, *command(world, out_dir))
+    after = contents(out_dir)
+    assert before.items() <= after.items()
 
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_a_second_run_into_the_folder_of_a_first_is_refused(world, whole, tmp_path, flags):
