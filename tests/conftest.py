@@ -296,13 +296,13 @@ NOT_YET = {
     "test_a_fault_is_one_line_and_nothing_is_lost[empty]": "the line does not name the file",
     "test_a_fault_is_one_line_and_nothing_is_lost[latin-1]": "the line does not name the file",
     "test_a_fault_is_one_line_and_nothing_is_lost[weights cut]": "the line does not name the file",
-    "test_a_fault_is_one_line_and_nothing_is_lost[max_steps -1]": "negative numbers are taken",
-    "test_a_fault_is_one_line_and_nothing_is_lost[learning_rate -0.001]": "negative numbers are taken",
-    "test_a_fault_is_one_line_and_nothing_is_lost[beta -1]": "negative numbers are taken",
-    "test_a_loss_that_is_no_number_ends_the_run": "the line does not name the step",
+    "test_a_fault_is_one_line_and_nothing_is_lost[max_steps -1]": "negatives are taken",
+    "test_a_fault_is_one_line_and_nothing_is_lost[learning_rate -0.001]": "negatives are taken",
+    "test_a_fault_is_one_line_and_nothing_is_lost[beta -1]": "negatives are taken",
+    "test_the_step_of_a_loss_that_is_no_number_is_named": "the line does not name the step",
     "test_the_log_is_strict_json[flags0]": "an evaluation that is nan is logged as NaN",
     "test_the_log_is_strict_json[flags1]": "an evaluation that is inf is logged as Infinity",
-    "test_the_program_ends_with_code_2": "without data the line does not name prepare_data.py",
+    "test_where_nothing_was_prepared_the_line_says_what_to_do": "prepare_data.py is not named",
 }
 
 def pytest_collection_modifyitems(items):

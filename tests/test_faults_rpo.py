@@ -305,15 +305,20 @@ def test_a_corrected_command_runs_in_the_same_folder(world, tmp_path, capsys):
     copy_data(world, tmp_path / "data")
     assert [row["step"] for row in run(*argv)] == [0, 1, 1]
 
+DIVERGING = ("--learning_rate", 1e30, "--save_every", 1)
+
 def test_a_loss_that_is_no_number_ends_the_run(world, tmp_path, capsys):
     """No update is made and no row is logged of that step; the checkpoint before it is whole."""
-    flags = ("--learning_rate", 1e30, "--save_every", 1)
-    line = refused(capsys, *command(world, tmp_path, *flags))
-    assert "step 2" in line and str(tmp_path / "step_000001") in line
+    line = refused(capsys, *command(world, tmp_path, *DIVERGING))
+    assert "nan" in line and str(tmp_path / "step_000001") in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "step_000001"]
     weights = load_file(tmp_path / "step_000001/model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert [row["step"] for row in read_rows(tmp_path) if "loss" in row] == [1]
+
+def test_the_step_of_a_loss_that_is_no_number_is_named(world, tmp_path, capsys):
+    """So one knows which row of the log is missing."""
+    assert "step 2" in refused(capsys, *command(world, tmp_path, *DIVERGING))
 
 @pytest.mark.parametrize("flags", [["--eta", "inf"], ["--beta", "inf"]])
 def test_the_log_is_strict_json(world, tmp_path, capsys, flags):
@@ -333,12 +338,16 @@ def test_rpo_traceback_shows_where(world, tmp_path, monkeypatch):
         run(*command(world, tmp_path, "--beta", 0))
 
 def test_the_program_ends_with_code_2(tmp_path):
-    """As a person starts it, where nothing was prepared: one line, no traceback, and what to do."""
+    """As a person starts it, where nothing was prepared: one line and no traceback."""
     done = run_script(ROOT / "rpo.py", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("error:") == 1
-    assert "data/toy" in done.stderr and "prepare_data.py" in done.stderr
+    assert done.stderr.count("error:") == 1 and "data/toy" in done.stderr
+
+def test_where_nothing_was_prepared_the_line_says_what_to_do(tmp_path, monkeypatch, capsys):
+    """The first mistake of all: to start in another folder, or before prepare_data.py."""
+    monkeypatch.chdir(tmp_path)
+    assert "prepare_data.py" in refused(capsys, "rpo.py", "--out_dir", "run")
 
 # ------------------------------------------------------------------------------------------------
 # no code from elsewhere
