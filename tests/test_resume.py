@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rpo
 from conftest import (
-    ENV, ROOT, assert_close_weights, assert_same_rows, assert_same_run, command, contents, copy_data,
-    random_records, read_rows, refused, run, save_model, write_jsonl)
+    ENV, ROOT, assert_close_weights, assert_same_rows, assert_same_run, command, contents,
+    copy_data, random_records, read_rows, refused, run, save_model, write_jsonl)
 
 def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
