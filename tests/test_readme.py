@@ -121,7 +121,6 @@ def run_as_typed(launcher, program, arguments):
 def test_the_toy_worlds_commands_run(tmp_path, monkeypatch):
     """In the order of the README, in an empty folder, each shortened; the quick start as typed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RPO_TRACEBACK", "1")
     done = []
     for launcher, program, arguments in README_CALLS:
         if not is_toy(program, arguments, tmp_path) or processes(launcher) > 1:
