@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -90,8 +91,8 @@ def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", b
         "loss/sft": sft_losses,
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
-        "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": (h > 0) + 0.5 * (h == 0),  # a tie counts half
+        "rewards/margins": beta * h,
+        "rewards/accuracies": (1 + h.sign()) / 2,  # a tie counts half
         "logps/chosen": policy_logps[:, 0],
         "logps/rejected": policy_logps[:, 1],
         "logps/chosen_vs_ref": logratios[:, 0],
@@ -152,7 +153,7 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
 
 def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
     """The pairs of a JSON-lines file; prints how many others are dropped for which reason."""
-    def tokenize(line, number, program=Path(__file__).read_text()):  # an edit of it misses the cache
+    def tokenize(line, number, program=Path(__file__).read_text()):  # part of the cache's key
         if not line.strip():
             return {"pair": '"blank line"'}
         try:
@@ -161,7 +162,7 @@ def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf)
             raise ValueError(f"{path} line {number + 1} is no usable prompt, chosen, rejected: {error!r}")
         return {"pair": json.dumps(pair)}  # a column holds one type: here text
 
-    # on all cores that this rank has; a second start finds the result in the cache of `datasets`
+    # on all cores of this rank; `datasets` keeps the result until the file or this program changes
     lines = load_dataset("text", data_files=glob.escape(str(path)), split="train")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     jobs = max(1, min(cores, len(lines) // 1000))
@@ -191,7 +192,7 @@ def global_batches(n, batch_size, seed, epochs):
 def row_length(pair, shared):
     """Tokens that collate makes of a pair: one row, or a row a response, padded to the longest."""
     prompt, *responses = [len(ids) for ids in pair.values()]
-    one_row = prompt - 1 + sum(1 + n for n in responses)
+    one_row = prompt - 1 + len(responses) + sum(responses)
     return one_row if shared else len(responses) * (prompt + max(responses))
 
 def micro_batches(pairs, max_tokens, shared, rank=0, world_size=1):
@@ -219,7 +220,7 @@ def collate(pairs, shared=True, device="cpu"):
         ids, position, branch = prompt[:-1], list(range(start)), [0] * start
         for response in responses:
             number += 1
-            ids = ids + prompt[-1:] + response
+            ids += prompt[-1:] + response
             position += range(start, start + 1 + len(response))
             branch += [number] * (1 + len(response))
         rows.append({"input_ids": ids, "position_ids": position, "branch": branch})
@@ -243,10 +244,10 @@ class PairLogps(torch.nn.Module):
         if batch["shared"]:
             # a token sees what stands before it in its prompt and in its own response
             query, key = branch[:, :, None], branch[:, None, :]
-            mask = ((key == 0) | (key == query)).tril()[:, None]  # (R, 1, T, T)
+            mask = ((key == 0) | (key == query)).tril().unsqueeze(1)  # (R, 1, T, T)
             inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             # the transformer without its head; base_model has the head, too, in Llama 4
             body = getattr(self.model, "model", self.model.base_model)
             hidden = body(**inputs, use_cache=False)[0]  # (R, T, D)
@@ -259,9 +260,9 @@ class PairLogps(torch.nn.Module):
             scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)
             hidden = scale * hidden[row, column]  # (N, D)
 
-            # the logits of 256 tokens at a time, computed again in backward: no (R, T, V) exists
+            # -log p of the next ids; of 512 tokens' logits at a time, so that no (R, T, V) exists
             head = self.model.get_output_embeddings()  # weight (V, D), perhaps a bias (V,)
-            chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+            chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(hidden) > 512 else None
             nll = F.linear_cross_entropy(
                 hidden.to(self.dtype), head.weight.to(self.dtype), ids[row, column + 1],
                 linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
@@ -273,11 +274,11 @@ class PairLogps(torch.nn.Module):
 def load_model(path):
     """A language model with float32 weights and without dropout, which would blur log-ratios."""
     config = AutoConfig.from_pretrained(path)
-    config.update({name: 0.0 for name in vars(config) if "dropout" in name or "pdrop" in name})
+    config.update({name: 0.0 for name in vars(config) if "drop" in name})
     model, report = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"]:
-        raise ValueError(f"{path} lacks weights: {sorted(report['missing_keys'])[:3]} ...")
+        raise ValueError(f"{path} lacks weights: {report['missing_keys']}")
     return model.train()  # eval() would turn gradient checkpointing off
 
 @torch.no_grad()
@@ -285,19 +286,16 @@ def can_share(model, pair):
     """Compares our log-probs with those of the model's plain forward: True, rows may share a prompt;
     False, each response needs its own, as with Mamba, ALiBi or a window shorter than the row."""
     prompt, *responses = pair.values()
-    own = []
-    for response in responses:
+    own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
+    for n, response in enumerate(responses):
         ids = torch.tensor([prompt + response], device=model.device)  # (1, T)
-        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (n, V)
-        own.append(-F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").double())
-    own = torch.stack(own)  # (2,)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        own[n] = -F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
     for shared in (True, False):
-        try:
+        with suppress(Exception):  # models that know no mask of four dimensions fail as they like
             logps = PairLogps(model)(collate([pair], shared, model.device))[0]
-        except Exception:  # models that know no mask of four dimensions fail each in its own way
-            continue
-        if torch.allclose(logps, own, rtol=1e-5, atol=1e-4):
-            return shared
+            if torch.allclose(logps, own, rtol=1e-5, atol=1e-4):
+                return shared
     raise ValueError(f"{type(model).__name__}: its rows do not give its own log-probs {own.tolist()}. "
                      "nan: broken weights; a soft cap on logits: apply docs/changes/soft_cap.diff")
 
@@ -346,7 +344,7 @@ def pair_losses(logps, ref_logps, pairs, o):
     lengths = torch.tensor([len(pair["chosen"]) for pair in pairs], device=logps.device)  # (B,)
     return rpo_loss(logps, ref_logps, lengths, beta=o.beta, eta=o.eta, sft=o.sft)
 
-def train_step(policy, optimizer, pairs, ref_logps, o, shared):
+def train_step(step, policy, optimizer, pairs, ref_logps, o, shared):
     """One update on a global batch of pairs -> means over it, {name: float}."""
     start, rank, world_size = time.perf_counter(), dist.get_rank(), dist.get_world_size()
     micro = list(micro_batches(pairs, o.max_tokens, shared, rank, world_size))
@@ -360,13 +358,13 @@ def train_step(policy, optimizer, pairs, ref_logps, o, shared):
         # the mean over the global batch: dividing by its size, not by the micro-batch's, gives
         # every split the same gradient; DDP divides by the number of ranks, hence the factor
         (weight * losses.sum() / len(pairs) * world_size).backward()
-        sums = sums + weight * torch.stack([values.sum() for values in metrics.values()])
+        sums += weight * torch.stack([values.sum() for values in metrics.values()])
 
     dist.all_reduce(sums)
     row = dict(zip(metrics, (sums / len(pairs)).tolist()))
     row["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip).item()
     if not math.isfinite(row["loss"] + row["grad_norm"]):
-        raise ValueError(f"loss {row['loss']}, gradient norm {row['grad_norm']}: no step was made")
+        raise ValueError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; not made")
     optimizer.step()
     optimizer.zero_grad()
     tokens = sum(len(ids) for pair in pairs for ids in pair.values())
@@ -385,8 +383,10 @@ def evaluate(step, module, pairs, ref_logps, o, shared):
 
 def open_run(o):
     """The log in --out_dir, locked against a second run; the checkpoint to go on from; its state."""
+    if not os.path.isdir(o.data):
+        raise ValueError(f"there is no folder {o.data}: prepare_data.py makes one")
     os.makedirs(o.out_dir, exist_ok=True)
-    log = tempfile.TemporaryFile("w")  # rank 0 alone writes the log
+    log = tempfile.TemporaryFile("w")  # thrown away: rank 0 alone writes the log
     if dist.get_rank() == 0:
         log = open(f"{o.out_dir}/metrics.jsonl", "a", buffering=1)
     try:
@@ -394,19 +394,19 @@ def open_run(o):
     except BlockingIOError:
         raise ValueError(f"another run is writing to {o.out_dir}")
     folder = newest_checkpoint(o.out_dir)
-    if not o.resume and (folder or log.tell() > 0):
+    if not o.resume and (folder or log.tell()):
         raise ValueError(f"{o.out_dir} holds a run: --resume it, or choose another --out_dir")
 
     # a resumed run agrees with the one it continues in all that decides its numbers
     options = {name: value for name, value in asdict(o).items() if name not in RESUME_MAY_CHANGE}
     options["training pairs"] = hashlib.sha256(Path(o.data, "train.jsonl").read_bytes()).hexdigest()
-    state = {"step": -1, "options": options, "log_size": 0}
+    state = {"step": -1, "options": options, "log_size": 0}  # a new run goes on with step 0
     if folder:
         print0(f"resumes from {folder}; if it is damaged, delete it, and the one before is taken")
         state = json.loads((folder / "trainer_state.json").read_text())
     for name, value in state["options"].items():
         if options[name] != value:
-            raise ValueError(f"--resume: {name} was {value} in {folder}, now it is {options[name]}")
+            raise ValueError(f"--resume: {name} was {value}, now it is {options[name]}")
     return log, folder, state
 
 def main(o):
@@ -418,7 +418,7 @@ def main(o):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    # without torchrun this is a world of one process
+    # NCCL on GPUs, else gloo; without torchrun this is a world of one process
     alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
     dist.init_process_group(**alone)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -437,7 +437,7 @@ def main(o):
     stop = min(steps, o.max_steps or steps)  # the schedule is planned on all steps
 
     # the pair with the longest prompt + response, the first that a short window would cut
-    longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, shared=False))
+    longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, False))
     # the reference: its log-probs are computed once, by the module that computes the policy's
     model = load_model(o.ref_model or o.model).to(device).requires_grad_(False)
     shared = can_share(model, longest)
@@ -463,7 +463,7 @@ def main(o):
     # rows logged after the checkpoint will be logged again
     log.truncate(min(log.tell(), state["log_size"]))
     def write_row(step, row):
-        log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row) + "\n")
+        log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row, allow_nan=False) + "\n")
 
     for step in tqdm(range(state["step"] + 1, stop + 1), "train", disable=rank > 0):
         # step 0 makes no update: it is the policy before training
@@ -471,7 +471,7 @@ def main(o):
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, o)
             batch = batches[step - 1]
             some, ref = [pairs["train"][i] for i in batch], ref_logps["train"][batch]
-            write_row(step, {"lr": lr} | train_step(policy, optimizer, some, ref, o, shared))
+            write_row(step, {"lr": lr} | train_step(step, policy, optimizer, some, ref, o, shared))
 
         last = step == stop
         if "test" in pairs and (last or step % o.eval_every == 0):

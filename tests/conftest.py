@@ -299,10 +299,6 @@ NOT_YET = {
     "test_a_fault_is_one_line_and_nothing_is_lost[max_steps -1]": "negatives are taken",
     "test_a_fault_is_one_line_and_nothing_is_lost[learning_rate -0.001]": "negatives are taken",
     "test_a_fault_is_one_line_and_nothing_is_lost[beta -1]": "negatives are taken",
-    "test_the_step_of_a_loss_that_is_no_number_is_named": "the line does not name the step",
-    "test_the_log_is_strict_json[flags0]": "an evaluation that is nan is logged as NaN",
-    "test_the_log_is_strict_json[flags1]": "an evaluation that is inf is logged as Infinity",
-    "test_where_nothing_was_prepared_the_line_says_what_to_do": "prepare_data.py is not named",
 }
 
 def pytest_collection_modifyitems(items):

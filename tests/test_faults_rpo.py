@@ -187,7 +187,7 @@ NEWEST = "FOLDER/run/step_000004"
 FAULTS = {
     # data
     "no train.jsonl": (data(None), ["FOLDER/data/train.jsonl"]),
-    "no data folder": (flags("--data", "nowhere"), ["nowhere/train.jsonl"]),
+    "no data folder": (flags("--data", "nowhere"), ["no folder nowhere", "prepare_data.py"]),
     "train.jsonl is a folder": (data_is_a_folder, ["FOLDER/data/train.jsonl"]),
     "empty": (data(""), ["FOLDER/data"]),
     "blank lines alone": (data("\n\n"), ["FOLDER/data/train.jsonl", "no pair"]),
