@@ -4,12 +4,11 @@ $ python prepare_data.py && python rpo.py                            # RPO in a 
 $ python rpo.py --eta 0 --out_dir out/dpo                            # DPO
 $ torchrun --nproc_per_node 8 rpo.py --model ...                     # on eight GPUs
 
-RPO differs from DPO by one term. With x a prompt, y_w its chosen and y_l its rejected response,
+RPO is DPO plus SFT on the chosen y_w, whose probability DPO lets fall. With prompt x, rejected y_l,
     h = log(pi(y_w|x) / ref(y_w|x)) - log(pi(y_l|x) / ref(y_l|x))
 and the loss of one pair is
     --sft sum    -log sigmoid(beta * h) - eta * beta * log pi(y_w|x)      (Algorithm 2)
-    --sft mean   -log sigmoid(beta * h) - eta * log pi(y_w|x) / |y_w|     (averaged form)
-A step descends its mean over the global batch, however many micro-batches and ranks share it.
+    --sft mean   -log sigmoid(beta * h) - eta * log pi(y_w|x) / |y_w|     (averaged, no beta)
 One pair's way: 1) tokenize_pair  2) micro_batches  3) collate  4) PairLogps  5) rpo_loss"""
 import fcntl
 import glob
@@ -41,7 +40,7 @@ class Options:
     model: str = HfArg(default="data/toy/model", help="policy at the start: folder or hub name")
     ref_model: str = HfArg(default="", help="reference; empty: --model as it is before training")
     data: str = HfArg(default="data/toy", help="folder with train.jsonl and perhaps test.jsonl")
-    beta: float = HfArg(default=0.1, help="pull to the reference; 0: SFT alone, with --sft mean")
+    beta: float = HfArg(default=0.1, help="pull to the reference; 0 makes DPO constant: SFT alone")
     eta: float = HfArg(default=0.5, help="weight of the SFT term; 0: DPO")
     sft: Literal["sum", "mean"] = HfArg(default="sum", help="form of the SFT term, see rpo_loss")
     batch_size: int = HfArg(default=16, help="pairs of an optimizer step, over all ranks")
@@ -69,8 +68,8 @@ RESUME_MAY_CHANGE = ("data", "out_dir", "max_tokens", "max_steps", "eval_every",
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
     """5) The loss of each pair (B,), to be averaged over the global batch, and metrics {name: (B,)}.
     policy_logps, ref_logps (B, 2): summed log-probs, in nats, of [chosen, rejected].
-    chosen_lengths (B,): tokens of the response that SFT imitates. That is the chosen one, unless
-    baseline_logps (B,) has the policy's log-probs of another (docs/changes/baseline.diff)."""
+    chosen_lengths (B,): tokens of the response that SFT imitates, the chosen. baseline_logps (B,), not
+    used in this file: log-probs of another to imitate, with its lengths (docs/changes/baseline.diff)."""
     logratios = policy_logps - ref_logps  # (B, 2)
     rewards = beta * logratios
     h = logratios[:, 0] - logratios[:, 1]  # (B,)
@@ -130,7 +129,7 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
     # chat templates write their own BOS token, raw text gets the tokenizer's
     raw = isinstance(record["prompt"], str)
     ids = {key: tokenizer(text, add_special_tokens=raw).input_ids for key, text in texts.items()}
-    # the prompt is what all three begin with: a token that spans its end is the responses'
+    # the prompt is what all three begin with: a token of both prompt and response is the response's
     n = len(os.path.commonprefix(list(ids.values())))
     prompt = ids.pop("prompt")[:n]
     if not prompt or prompt[:2] == [tokenizer.bos_token_id] * 2:
@@ -153,9 +152,9 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
 
 def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
     """The pairs of a JSON-lines file; prints how many others are dropped for which reason."""
-    def tokenize(line, number, program=Path(__file__).read_text()):  # part of the cache's key
+    def tokenize(line, number, program=Path(__file__).read_text()):  # unused, but in map's key
         if not line.strip():
-            return {"pair": '"blank line"'}
+            return {"pair": '"blank line"'}  # JSON, as below
         try:
             pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
         except Exception as error:
@@ -190,15 +189,15 @@ def global_batches(n, batch_size, seed, epochs):
             yield batch.tolist()
 
 def row_length(pair, shared):
-    """Tokens that collate makes of a pair: one row, or a row a response, padded to the longest."""
+    """Tokens that collate makes of a pair: of one shared row, or of one padded row per response."""
     prompt, *responses = [len(ids) for ids in pair.values()]
     one_row = prompt - 1 + len(responses) + sum(responses)
     return one_row if shared else len(responses) * (prompt + max(responses))
 
 def micro_batches(pairs, max_tokens, shared, rank=0, world_size=1):
     """2) This rank's share of a batch, longest pairs first: lists of indices whose padded rows fit
-    max_tokens, each with its weight. Every rank yields equally often, for DDP waits for all of them
-    in the last backward pass: a rank that has no pair left repeats another's, with weight 0."""
+    max_tokens, each with its weight. DDP syncs in each rank's last backward pass, so all yield
+    equally often: a rank that has no pair left repeats another's, with weight 0 (no gradient)."""
     lengths = [row_length(pair, shared) for pair in pairs]
     rest = sorted(range(len(pairs)), key=lambda i: lengths[i], reverse=True)
     while rest:
@@ -210,8 +209,8 @@ def micro_batches(pairs, max_tokens, shared, rank=0, world_size=1):
 def collate(pairs, shared=True, device="cpu"):
     """3) B pairs -> R padded rows of T tokens: each a prompt and its responses, or, where a model
     cannot share the prompt, a prompt and one response. Each response starts with a copy of the
-    prompt's last token, for a token is predicted by the one before it. Prompt a b, responses c d and e:
-    input_ids a b c d b e, position_ids 0 1 2 3 1 2, branch 0 1 1 1 2 2 (-1 in padding), each (R, T)."""
+    prompt's last token, which predicts its first. Prompt ab with responses cd and e: input_ids
+    a b c d b e, position_ids 0 1 2 3 1 2, branch 0 1 1 1 2 2 (prompt 0, padding -1), all (R, T)."""
     if not shared:
         pairs = [{"prompt": p["prompt"], side: p[side]} for p in pairs for side in list(p)[1:]]
     rows, number = [], 0
@@ -219,7 +218,7 @@ def collate(pairs, shared=True, device="cpu"):
         start = len(prompt) - 1
         ids, position, branch = prompt[:-1], list(range(start)), [0] * start
         for response in responses:
-            number += 1
+            number += 1  # over all rows: PairLogps sums by it
             ids += prompt[-1:] + response
             position += range(start, start + 1 + len(response))
             branch += [number] * (1 + len(response))
@@ -248,11 +247,11 @@ class PairLogps(torch.nn.Module):
             inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            # the transformer without its head; base_model has the head, too, in Llama 4
+            # the transformer without its head: .model, for Llama 4's base_model includes the head
             body = getattr(self.model, "model", self.model.base_model)
             hidden = body(**inputs, use_cache=False)[0]  # (R, T, D)
 
-            # only what predicts a response token meets the vocabulary
+            # only positions whose next token is in the same response get logits: above, b c and b
             scored = (branch[:, 1:] > 0) & (branch[:, 1:] == branch[:, :-1])  # (R, T - 1)
             row, column = scored.nonzero(as_tuple=True)  # (N,) each
             # Cohere multiplies its logits by a number, Granite divides them by one
@@ -260,14 +259,14 @@ class PairLogps(torch.nn.Module):
             scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)
             hidden = scale * hidden[row, column]  # (N, D)
 
-            # -log p of the next ids; of 512 tokens' logits at a time, so that no (R, T, V) exists
+            # cross_entropy(hidden @ weight.T, next ids); more than 512 in chunks, or (N, V) is too large
             head = self.model.get_output_embeddings()  # weight (V, D), perhaps a bias (V,)
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(hidden) > 512 else None
             nll = F.linear_cross_entropy(
                 hidden.to(self.dtype), head.weight.to(self.dtype), ids[row, column + 1],
                 linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
 
-        # the sum over each response's tokens, in float64; number 0 is the prompts', and is left out
+        # the sum over each response's tokens, in float64; slot 0 is the prompts', and stays empty
         logps = torch.zeros(branch.max() + 1, dtype=torch.float64, device=nll.device)
         return logps.index_add(0, branch[row, column], -nll.double())[1:].view(-1, 2)
 
@@ -284,7 +283,7 @@ def load_model(path):
 @torch.no_grad()
 def can_share(model, pair):
     """Compares our log-probs with those of the model's plain forward: True, rows may share a prompt;
-    False, each response needs its own, as with Mamba, ALiBi or a window shorter than the row."""
+    False, the model does not obey mask and positions (Mamba, ALiBi, a window below the row)."""
     prompt, *responses = pair.values()
     own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
     for n, response in enumerate(responses):
@@ -308,7 +307,7 @@ def score(module, pairs, max_tokens, shared, rank=0, world_size=1):
         batch = collate([pairs[i] for i in indices], shared, logps.device)
         logps[indices] = weight * module(batch)
     if world_size > 1:
-        dist.all_reduce(logps)
+        dist.all_reduce(logps)  # a sum: on all ranks but one a pair's entry is 0
     return logps
 
 def save_checkpoint(path, model, optimizer, tokenizer, state):
@@ -337,7 +336,7 @@ def learning_rate(step, steps, o):
     warmup_steps = math.ceil(o.warmup_ratio * steps)
     if step <= warmup_steps:
         return o.learning_rate * step / warmup_steps
-    done = (step - 1 - warmup_steps) / max(1, steps - warmup_steps)
+    done = (step - 1 - warmup_steps) / (steps - warmup_steps)
     return o.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 def pair_losses(logps, ref_logps, pairs, o):
@@ -439,7 +438,7 @@ def main(o):
     # the pair with the longest prompt + response, the first that a short window would cut
     longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, False))
     # the reference: its log-probs are computed once, by the module that computes the policy's
-    model = load_model(o.ref_model or o.model).to(device).requires_grad_(False)
+    model = load_model(o.ref_model or o.model).to(device)
     shared = can_share(model, longest)
     module = PairLogps(model, getattr(torch, o.dtype))
     ref_logps = {k: score(module, pairs[k], o.max_tokens, shared, rank, world_size) for k in pairs}
@@ -452,7 +451,7 @@ def main(o):
     if o.gradient_checkpointing:
         model.activation_checkpointing_enable()
     module = policy = PairLogps(model, getattr(torch, o.dtype))
-    if world_size > 1:  # the policy is then the module in DDP; experts may idle in a step
+    if world_size > 1:  # the module in DDP; a mixture's experts may get no token in a step
         policy = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=o.weight_decay, fused=True)
     if folder:
@@ -460,7 +459,7 @@ def main(o):
             weight, _, key = name.rpartition(".")
             optimizer.state[model.get_parameter(weight)][key] = tensor
 
-    # rows logged after the checkpoint will be logged again
+    # rows logged after the checkpoint will be logged again; on ranks above 0 the log is empty
     log.truncate(min(log.tell(), state["log_size"]))
     def write_row(step, row):
         log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row, allow_nan=False) + "\n")
@@ -484,10 +483,11 @@ def main(o):
 
 def run(argv=None):
     """Whatever goes wrong ends here, in one line; RPO_TRACEBACK=1 shows where it was raised."""
-    o = Options(**vars(HfArgumentParser(Options, allow_abbrev=False).parse_args(argv)))
+    parser = HfArgumentParser(Options, description="RPO = DPO + eta * SFT", allow_abbrev=False)
+    o = Options(**vars(parser.parse_args(argv)))
     try:
         main(o)
-        dist.destroy_process_group()  # when DDP is gone
+        dist.destroy_process_group()  # after main, whose end frees DDP
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
