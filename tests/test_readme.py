@@ -1,6 +1,7 @@
 """What the texts promise: every command parses, the toy world's run, the walkthrough is true."""
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -78,9 +79,8 @@ def options_of(arguments):
     (o,) = HfArgumentParser(rpo.Options, allow_abbrev=False).parse_args_into_dataclasses(arguments)
     return o
 
-@pytest.mark.parametrize("launcher, program, arguments", ALL_CALLS, ids=lambda part: str(part))
-def test_every_command_parses(launcher, program, arguments, monkeypatch):
-    """A flag that was renamed, or a value that is no longer allowed, must not survive in a text."""
+def parses(program, arguments, monkeypatch):
+    """Whether a program takes the flags; nothing is run."""
     class Parsed(Exception):
         pass
 
@@ -97,6 +97,64 @@ def test_every_command_parses(launcher, program, arguments, monkeypatch):
     monkeypatch.setenv("RPO_TRACEBACK", "1")
     with pytest.raises(Parsed):
         PROGRAMS[program].run(arguments)
+
+@pytest.mark.parametrize("launcher, program, arguments", ALL_CALLS, ids=lambda part: str(part))
+def test_every_command_parses(launcher, program, arguments, monkeypatch):
+    """A flag that was renamed, or a value that is no longer allowed, must not survive in a text."""
+    parses(program, arguments, monkeypatch)
+
+@pytest.fixture
+def rounds(tmp_path, monkeypatch):
+    """The commands of docs/online.py for one seed, none of them run, and the models it measures."""
+    place = importlib.util.spec_from_file_location("online", ROOT / "docs" / "online.py")
+    online = importlib.util.module_from_spec(place)
+    place.loader.exec_module(online)
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def record(done, program, *arguments):
+        if Path(done).exists():
+            return
+        commands.append((program, list(arguments)))
+        if "label" in arguments:
+            Path(done).mkdir(parents=True)
+            Path(done, "train.jsonl").write_text(f"{done}\n")
+
+    monkeypatch.setattr(online, "run", record)
+    return commands, online.policies(0)
+
+def test_the_online_rounds_are_the_programs_commands(rounds, monkeypatch):
+    commands, _ = rounds
+    for program, arguments in commands:
+        with monkeypatch.context() as patch:
+            parses(program, arguments, patch)
+
+def test_a_round_begins_with_the_policy_of_the_one_before(rounds):
+    """It answers, is trained on its own answers, and is or is not its own reference."""
+    commands, _ = rounds
+    out = "out/online-s0"
+    asked = {value(words, "--out"): value(words, "--model") for _, words in commands}
+    trained = {value(words, "--out_dir"): words for _, words in commands}
+    for method in ("rpo", "dpo"):
+        for reference in ("previous", "first"):
+            name = f"{method}-{reference}-round"
+            second, third = trained[f"{out}/{name}2"], trained[f"{out}/{name}3"]
+            assert value(second, "--model") == f"{out}/{method}-round1/final"
+            assert value(third, "--model") == f"{out}/{name}2/final"
+            assert value(third, "--data") == f"{out}/labels-{name}3"
+            assert asked[f"{out}/labels-{name}3.json"] == value(third, "--model")
+            own = value(third, "--model") if reference == "previous" else "data/online-s0/model"
+            assert value(third, "--ref_model") == own
+
+def test_offline_spends_as_many_labels_all_of_the_first_models_answers(rounds):
+    commands, models = rounds
+    out = "out/online-s0"
+    labelled = Path(out, "labels-offline", "train.jsonl").read_text().split()
+    assert labelled == [f"{out}/labels-round1", f"{out}/labels-offline2", f"{out}/labels-offline3"]
+    asked = {value(words, "--out"): value(words, "--model") for _, words in commands}
+    assert {asked[f"{folder}.json"] for folder in labelled} == {"data/online-s0/model"}
+    assert {name for name in models if "offline" in name} == {
+        "rpo-offline", "dpo-offline", "sft-offline"}
 
 def value(arguments, flag, default=""):
     return arguments[arguments.index(flag) + 1] if flag in arguments else default
