@@ -80,26 +80,28 @@ RETRIES = 6
 # files and tables
 
 def write_file(path, text):
-    """Written aside and renamed: the file is whole or not there. Raises OSError."""
+    """Written aside and renamed: the file is whole or not there. ValueError if it cannot be."""
     aside = Path(f"{path}.tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}")
     finally:
         aside.unlink(missing_ok=True)
 
 def check_writable(path):
     """Raises ValueError if a file cannot be written: to be known before the work, not after."""
     if os.path.isdir(path):
-        raise ValueError(f"--out {path} is a folder, not a file")
+        raise ValueError(f"{path} is a folder, not a file")
     aside = Path(f"{path}.tmp")
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         aside.touch()
         aside.unlink()
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror}")
+        raise ValueError(f"{path} cannot be written: {error.strerror}")
 
 def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
@@ -194,6 +196,8 @@ def run_jobs(jobs, work, path, done, workers=1, unit="job"):
         except ConnectionError as error:
             kept = f"{path} keeps what was done, and the same command goes on from there"
             raise ConnectionError(f"{error}; {kept}")
+        except OSError as error:
+            raise ValueError(f"{path}: {error}")
     return {job["id"]: rows[job["id"]] for job in jobs}
 
 # ------------------------------------------------------------------------------------------------
@@ -653,6 +657,8 @@ def checkpoints(path, ref_model):
         state = read_state(folder)
         if state:
             found[state["step"]] = (folder, state["step"], state["options"])
+        elif os.path.isdir(folder):
+            print(f"{folder} is left out: it has no trainer_state.json")
     if found:
         found.setdefault(0, (ref_model, 0, found[min(found)][2]))
         return [found[step] for step in sorted(found)]
@@ -753,6 +759,8 @@ def prefs(o):
     for run in o.model:
         rows = []
         found = checkpoints(run, o.ref_model)
+        if len(found) > 1:
+            check_writable(f"{run}/{PREFS_FILE[o.split]}")
         for checkpoint in found:
             rows.append(measure(checkpoint, reference, pairs, ref_logps, prompts, o))
             # a run has step 0 at least beside its last checkpoint, a model is alone
@@ -1364,7 +1372,15 @@ def plot(o):
         panels.append(metric)
     panels += [metric for metric in ("gold", "kl") if metric in known]
     figure = draw(settings, panels)
-    figure.savefig(o.out, dpi=200)
+    # aside, as write_file does: a full disk costs the new figure, not the old one
+    aside = Path(f"{o.out}.tmp")
+    try:
+        figure.savefig(aside, dpi=200, format=Path(o.out).suffix[1:].lower())
+        os.replace(aside, o.out)
+    except OSError as error:
+        raise ValueError(f"{o.out} cannot be written: {error.strerror}")
+    finally:
+        aside.unlink(missing_ok=True)
     print_ends(settings, known)
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """RPO, Regularized Preference Optimization (Liu et al., NeurIPS 2024, arXiv 2405.16436), in one file.
 
-$ python prepare_data.py && python rpo.py                            # RPO in a toy world
-$ python rpo.py --eta 0 --out_dir out/dpo                            # DPO
+$ python prepare_data.py && python rpo.py                            # a toy world; --eta 0: DPO
 $ torchrun --nproc_per_node 8 rpo.py --model ...                     # on eight GPUs
 
 RPO is DPO plus SFT on the chosen y_w, whose probability DPO lets fall. With prompt x, rejected y_l,
@@ -288,7 +287,7 @@ def can_share(model, pair):
     own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
     for n, response in enumerate(responses):
         ids = torch.tensor([prompt + response], device=model.device)  # (1, T)
-        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]  # (T, V)
         own[n] = -F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
     for shared in (True, False):
         with suppress(Exception):  # models that know no mask of four dimensions fail as they like
@@ -403,9 +402,11 @@ def open_run(o):
     if folder:
         print0(f"resumes from {folder}; if it is damaged, delete it, and the one before is taken")
         state = json.loads((folder / "trainer_state.json").read_text())
-    for name, value in state["options"].items():
+    states = [state]
+    dist.broadcast_object_list(states)  # those of rank 0, whose data another machine may lack
+    for name, value in states[0]["options"].items():
         if options[name] != value:
-            raise ValueError(f"--resume: {name} was {value}, now it is {options[name]}")
+            raise ValueError(f"--resume, or rank 0: {name} was {value}, now it is {options[name]}")
     return log, folder, state
 
 def main(o):
@@ -426,7 +427,7 @@ def main(o):
     # data
     tokenizer = AutoTokenizer.from_pretrained(o.model)
     if AutoTokenizer.from_pretrained(o.ref_model or o.model).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"--ref_model {o.ref_model} has another vocabulary than {o.model}")
+        raise ValueError("--ref_model has another vocabulary than --model")
     pairs = {"train": load_pairs(f"{o.data}/train.jsonl", tokenizer, o.max_length, o.max_prompt_length)}
     if o.eval_every and os.path.exists(f"{o.data}/test.jsonl"):
         pairs["test"] = load_pairs(f"{o.data}/test.jsonl", tokenizer, o.max_length, o.max_prompt_length)
@@ -438,7 +439,7 @@ def main(o):
     # the pair with the longest prompt + response, the first that a short window would cut
     longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, False))
     # the reference: its log-probs are computed once, by the module that computes the policy's
-    model = load_model(o.ref_model or o.model).to(device)
+    model = load_model(o.ref_model or o.model).to(device).requires_grad_(False)
     shared = can_share(model, longest)
     module = PairLogps(model, getattr(torch, o.dtype))
     ref_logps = {k: score(module, pairs[k], o.max_tokens, shared, rank, world_size) for k in pairs}
@@ -447,7 +448,6 @@ def main(o):
     # the policy
     model = load_model(folder or o.model).to(device)
     shared = can_share(model, longest)
-    print0(f"rows of several responses share their prompt: {shared}")
     if o.gradient_checkpointing:
         model.activation_checkpointing_enable()
     module = policy = PairLogps(model, getattr(torch, o.dtype))

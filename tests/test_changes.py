@@ -588,6 +588,11 @@ def test_the_cache_keeps_the_reference(first_run, world, whole):
         logps = plain_logps(world.model, read_pairs(world.data, split))
         np.testing.assert_allclose(load_file(first_run.kept)[split], logps, atol=1e-4)
 
+def test_the_cache_is_as_readable_as_the_data(first_run):
+    """Written for its owner alone, it would serve no colleague on the same data."""
+    assert first_run.kept.stat().st_mode == (first_run.data / "train.jsonl").stat().st_mode
+    assert first_run.kept.stat().st_mode & 0o044
+
 def test_a_second_run_makes_no_reference_pass(cached, world, tmp_path):
     """Other beta, eta, form and rate: the kept numbers train as computed ones do."""
     flags = ["--beta", 0.2, "--eta", 1, "--sft", "mean", "--learning_rate", 1e-3]

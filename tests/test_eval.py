@@ -3,6 +3,7 @@ eval.py: log-probs and KL against independent computations, file formats, the wi
 made of samples, servers that misbehave, and one line for whatever goes wrong.
 """
 import contextlib
+import errno
 import http.server
 import io
 import json
@@ -153,6 +154,20 @@ def test_a_run_folder_gives_its_checkpoints_by_step_and_each_step_once(measured,
     assert rows[2]["model"].endswith("final")
     assert [row["beta"] for row in rows] == [0.5] * 3
     assert not (toy / "policy" / "prefs.jsonl").exists()
+
+def test_a_run_that_cannot_be_written_to_is_not_measured_first(toy, tmp_path, monkeypatch):
+    """Minutes of work would be lost, of each checkpoint."""
+    (shutil.copytree(toy / "run", tmp_path / "run") / "prefs.jsonl").unlink(missing_ok=True)
+    (tmp_path / "run/prefs.jsonl").mkdir()
+    monkeypatch.setattr(evaluation, "measure", None)
+    flags = "--ref_model", toy / "model", "--data", toy
+    assert "run/prefs.jsonl is a folder" in refused("prefs", "--model", tmp_path / "run", *flags)
+
+def test_a_checkpoint_without_a_state_is_left_out_and_that_is_said(toy, tmp_path, capsys):
+    (shutil.copytree(toy / "run", tmp_path / "run") / "step_000005/trainer_state.json").unlink()
+    found = evaluation.checkpoints(str(tmp_path / "run"), "the reference")
+    assert [step for _, step, _ in found] == [0, 10]
+    assert "step_000005 is left out" in capsys.readouterr().out
 
 def test_an_untouched_policy_has_margin_0_accuracy_half_and_no_kl(measured):
     rows, _ = measured
@@ -1092,6 +1107,20 @@ def test_titles_are_words_and_text_is_legible_at_700_pixels(runs):
     sizes = [figure.axes[0].title.get_fontsize()]
     sizes += [label.get_fontsize() for label in figure.axes[0].get_xticklabels()]
     assert min(sizes) * 700 / 72 / figure.get_figwidth() > 10
+
+def test_a_full_disk_costs_the_new_figure_not_the_old_one(runs, tmp_path, monkeypatch):
+    """And leaves nothing half-written that would keep the disk full."""
+    out = tmp_path / "figure.png"
+    out.write_bytes(b"the old one")
+
+    def savefig(self, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    assert f"{out} cannot be written: No space left" in refused("plot", *runs, "--out", out)
+    assert out.read_bytes() == b"the old one"
+    assert list(tmp_path.glob("figure*")) == [out]
 
 def test_plot_writes_a_figure_and_the_last_values(runs, tmp_path):
     out = succeeds("plot", *runs, "--out", tmp_path / "new" / "figure.png")

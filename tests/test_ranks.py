@@ -5,6 +5,7 @@ Starting takes seconds, so one launch makes several runs, and each test looks at
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -107,8 +108,20 @@ def test_a_rank_that_fails_ends_the_run(four):
     done = four.done
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "error:" in line and "data1" in line]
-    assert lines and "train.jsonl" in lines[0]
+    assert lines and "no folder" in lines[0]
     assert not (four.folder / "failing/final").exists()
+
+def test_ranks_whose_pairs_differ_do_not_train(world, tmp_path):
+    """The same pairs in another order: each rank scores places, not pairs, for all of them."""
+    for rank in (0, 1):
+        shutil.copytree(world.data, tmp_path / f"data{rank}")
+    lines = Path(world.data, "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data1/train.jsonl").write_text("".join(reversed(lines)))
+    done = launch(2, tmp_path, command(world, tmp_path / "run", data=tmp_path / "data{rank}"))
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "rank 0: training pairs" in line
+    assert not (tmp_path / "run/final").exists()
 
 # ------------------------------------------------------------------------------------------------
 # devices
