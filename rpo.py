@@ -39,7 +39,7 @@ class Options:
     model: str = HfArg(default="data/toy/model", help="policy at the start: folder or hub name")
     ref_model: str = HfArg(default="", help="reference; empty: --model as it is before training")
     data: str = HfArg(default="data/toy", help="folder with train.jsonl and perhaps test.jsonl")
-    beta: float = HfArg(default=0.1, help="pull to the reference; 0 makes DPO constant: SFT alone")
+    beta: float = HfArg(default=0.1, help="pull to the reference; 0, with --sft mean: SFT alone")
     eta: float = HfArg(default=0.5, help="weight of the SFT term; 0: DPO")
     sft: Literal["sum", "mean"] = HfArg(default="sum", help="form of the SFT term, see rpo_loss")
     batch_size: int = HfArg(default=16, help="pairs of an optimizer step, over all ranks")
@@ -54,7 +54,7 @@ class Options:
     seed: int = HfArg(default=42, help="of the order of the pairs, the only random draw")
     out_dir: str = HfArg(default="out/toy-rpo", help="for metrics.jsonl and checkpoints")
     max_tokens: int = HfArg(default=8192, help="tokens of a rank's micro-batch: sets the memory")
-    max_steps: int = HfArg(default=0, help="stop early, on the schedule of all epochs; 0: do not")
+    max_steps: int = HfArg(default=0, help="stop after this step; rate as for all epochs; 0: no")
     eval_every: int = HfArg(default=100, help="steps between evaluations; 0: none")
     save_every: int = HfArg(default=0, help="steps between checkpoints; 0: the last only")
     resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --out_dir")
@@ -67,8 +67,8 @@ RESUME_MAY_CHANGE = ("data", "out_dir", "max_tokens", "max_steps", "eval_every",
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
     """5) The loss of each pair (B,), to be averaged over the global batch, and metrics {name: (B,)}.
     policy_logps, ref_logps (B, 2): summed log-probs, in nats, of [chosen, rejected].
-    chosen_lengths (B,): tokens of the response that SFT imitates, the chosen. baseline_logps (B,), not
-    used in this file: log-probs of another to imitate, with its lengths (docs/changes/baseline.diff)."""
+    chosen_lengths (B,): tokens of the chosen response. baseline_logps (B,), not used in this file:
+    those of another response for SFT, whose lengths are then given (docs/changes/baseline.diff)."""
     logratios = policy_logps - ref_logps  # (B, 2)
     rewards = beta * logratios
     h = logratios[:, 0] - logratios[:, 1]  # (B,)
@@ -128,7 +128,7 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
     # chat templates write their own BOS token, raw text gets the tokenizer's
     raw = isinstance(record["prompt"], str)
     ids = {key: tokenizer(text, add_special_tokens=raw).input_ids for key, text in texts.items()}
-    # the prompt is what all three begin with: a token of both prompt and response is the response's
+    # the prompt is what all three begin with; a token across the seam goes to the response
     n = len(os.path.commonprefix(list(ids.values())))
     prompt = ids.pop("prompt")[:n]
     if not prompt or prompt[:2] == [tokenizer.bos_token_id] * 2:
@@ -151,7 +151,7 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
 
 def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
     """The pairs of a JSON-lines file; prints how many others are dropped for which reason."""
-    def tokenize(line, number, program=Path(__file__).read_text()):  # unused, but in map's key
+    def tokenize(line, number, program=Path(__file__).read_text()):  # program: only map's cache key
         if not line.strip():
             return {"pair": '"blank line"'}  # JSON, as below
         try:
@@ -188,15 +188,15 @@ def global_batches(n, batch_size, seed, epochs):
             yield batch.tolist()
 
 def row_length(pair, shared):
-    """Tokens that collate makes of a pair: of one shared row, or of one padded row per response."""
+    """Tokens of a pair: one row, the prompt's last token once per response; or 2 padded rows."""
     prompt, *responses = [len(ids) for ids in pair.values()]
     one_row = prompt - 1 + len(responses) + sum(responses)
     return one_row if shared else len(responses) * (prompt + max(responses))
 
 def micro_batches(pairs, max_tokens, shared, rank=0, world_size=1):
     """2) This rank's share of a batch, longest pairs first: lists of indices whose padded rows fit
-    max_tokens, each with its weight. DDP syncs in each rank's last backward pass, so all yield
-    equally often: a rank that has no pair left repeats another's, with weight 0 (no gradient)."""
+    max_tokens, each with its weight. A step's last backward pass waits for every rank (DDP), so
+    all yield equally often: a rank without a pair repeats another's, weight 0 (no gradient)."""
     lengths = [row_length(pair, shared) for pair in pairs]
     rest = sorted(range(len(pairs)), key=lambda i: lengths[i], reverse=True)
     while rest:
@@ -246,11 +246,11 @@ class PairLogps(torch.nn.Module):
             inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            # the transformer without its head: .model, for Llama 4's base_model includes the head
+            # the transformer without its head; .model first: Llama 4's base_model has the head
             body = getattr(self.model, "model", self.model.base_model)
             hidden = body(**inputs, use_cache=False)[0]  # (R, T, D)
 
-            # only positions whose next token is in the same response get logits: above, b c and b
+            # score positions whose next token is in their response: in collate's example b c and b
             scored = (branch[:, 1:] > 0) & (branch[:, 1:] == branch[:, :-1])  # (R, T - 1)
             row, column = scored.nonzero(as_tuple=True)  # (N,) each
             # Cohere multiplies its logits by a number, Granite divides them by one
@@ -258,7 +258,7 @@ class PairLogps(torch.nn.Module):
             scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)
             hidden = scale * hidden[row, column]  # (N, D)
 
-            # cross_entropy(hidden @ weight.T, next ids); more than 512 in chunks, or (N, V) is too large
+            # = cross_entropy(hidden @ weight.T, next ids); N > 512: in chunks, for (N, V) is large
             head = self.model.get_output_embeddings()  # weight (V, D), perhaps a bias (V,)
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(hidden) > 512 else None
             nll = F.linear_cross_entropy(
@@ -282,7 +282,7 @@ def load_model(path):
 @torch.no_grad()
 def can_share(model, pair):
     """Compares our log-probs with those of the model's plain forward: True, rows may share a prompt;
-    False, the model does not obey mask and positions (Mamba, ALiBi, a window below the row)."""
+    False, the model does not obey mask and positions (Mamba, ALiBi, a window shorter than the row)."""
     prompt, *responses = pair.values()
     own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
     for n, response in enumerate(responses):
@@ -319,7 +319,7 @@ def save_checkpoint(path, model, optimizer, tokenizer, state):
                    for key, tensor in optimizer.state[weight].items()}
         save_file(moments, aside / "optimizer.safetensors")
         (aside / "trainer_state.json").write_text(json.dumps(state, indent=1))
-        for file in aside.glob("*.safetensors"):  # written for their owner alone
+        for file in aside.glob("*.safetensors"):  # else readable by their owner alone
             shutil.copymode(aside / "trainer_state.json", file)
         os.sync()
         os.rename(aside, path)  # killed at any moment, there is no half checkpoint
@@ -362,7 +362,7 @@ def train_step(step, policy, optimizer, pairs, ref_logps, o, shared):
     row = dict(zip(metrics, (sums / len(pairs)).tolist()))
     row["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip).item()
     if not math.isfinite(row["loss"] + row["grad_norm"]):
-        raise ValueError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; not made")
+        raise ValueError(f"no step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}")
     optimizer.step()
     optimizer.zero_grad()
     tokens = sum(len(ids) for pair in pairs for ids in pair.values())
@@ -386,7 +386,7 @@ def open_run(o):
     os.makedirs(o.out_dir, exist_ok=True)
     log = tempfile.TemporaryFile("w")  # thrown away: rank 0 alone writes the log
     if dist.get_rank() == 0:
-        log = open(f"{o.out_dir}/metrics.jsonl", "a", buffering=1)
+        log = open(f"{o.out_dir}/metrics.jsonl", "a", buffering=1)  # so tell() is its size
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -403,11 +403,11 @@ def open_run(o):
         print0(f"resumes from {folder}; if it is damaged, delete it, and the one before is taken")
         state = json.loads((folder / "trainer_state.json").read_text())
     states = [state]
-    dist.broadcast_object_list(states)  # those of rank 0, whose data another machine may lack
+    dist.broadcast_object_list(states)  # all compare with rank 0: a machine may hold other data
     for name, value in states[0]["options"].items():
         if options[name] != value:
             raise ValueError(f"--resume, or rank 0: {name} was {value}, now it is {options[name]}")
-    return log, folder, state
+    return log, folder, state  # each rank's own: all must see the same --out_dir
 
 def main(o):
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
@@ -451,7 +451,7 @@ def main(o):
     if o.gradient_checkpointing:
         model.activation_checkpointing_enable()
     module = policy = PairLogps(model, getattr(torch, o.dtype))
-    if world_size > 1:  # the module in DDP; a mixture's experts may get no token in a step
+    if world_size > 1:  # the module in DDP; unused: a MoE expert may get no token in a step
         policy = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=o.weight_decay, fused=True)
     if folder:
@@ -487,7 +487,7 @@ def run(argv=None):
     o = Options(**vars(parser.parse_args(argv)))
     try:
         main(o)
-        dist.destroy_process_group()  # after main, whose end frees DDP
+        dist.destroy_process_group()  # only here: DDP must be gone, as it is when main returns
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
