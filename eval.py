@@ -1317,7 +1317,9 @@ def draw(settings, panels):
             steps, mean, sd = curve
             color, style = COLORS[k % len(COLORS)], STYLES[k % len(STYLES)]
             axis.plot(steps, mean, color=color, linestyle=style, label=name)
-            axis.fill_between(steps, mean - sd, mean + sd, color=color, alpha=0.15, linewidth=0)
+            # no KL is below 0, whatever its spread over seeds
+            low = np.maximum(mean - sd, 0) if metric == "kl" else mean - sd
+            axis.fill_between(steps, low, mean + sd, color=color, alpha=0.15, linewidth=0)
         axis.set_title(PANEL_TITLES[metric], fontsize=9)
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=8)
