@@ -1255,15 +1255,9 @@ def draw_example(rewards_axes, mass_axes):
     rewards_axes.set_title("A data set that fools DPO (200 pairs)", fontsize=10)
     rewards_axes.set_ylabel(f"reward (cut at ±{top:.0f})")
     rewards_axes.set_ylim(-top, top)
-    rewards_axes.set_xticks(actions, [])
-    rewards_axes.legend(
-        loc="lower left",
-        fontsize=7,
-        ncols=3,
-        columnspacing=0.8,
-        handletextpad=0.4,
-        bbox_to_anchor=(-0.03, -0.32),
-    )
+    rewards_axes.set_xlabel("action: times compared")
+    rewards_axes.set_xticks(actions, [f"{each:.0f}" for each in world.comparisons[example]])
+    rewards_axes.legend(fontsize=8, loc="upper right")
 
     mass_axes.bar(actions - 0.2, world.dpo.policy[example], 0.4, color=ORANGE, label="DPO")
     mass_axes.bar(
@@ -1279,7 +1273,8 @@ def draw_example(rewards_axes, mass_axes):
     mass_axes.set_ylim(0, 1.05)
     mass_axes.set_xlabel("action: times compared")
     mass_axes.set_xticks(actions, [f"{each:.0f}" for each in world.comparisons[example]])
-    mass_axes.legend(fontsize=7)
+    mass_axes.set_title("What the policies make of it", fontsize=10)
+    mass_axes.legend(fontsize=8)
 
 def draw_spread(axes):
     """How the true regret is spread over the data sets."""
@@ -1333,14 +1328,13 @@ def draw(path):
     plt.rcParams["axes.spines.top"] = False
     plt.rcParams["axes.spines.right"] = False
     plt.rcParams["legend.frameon"] = False
-    figure = plt.figure(figsize=(11, 3.9), layout="constrained")
-    grid = figure.add_gridspec(2, 3)
-    draw_example(figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0]))
-    draw_spread(figure.add_subplot(grid[:, 1]))
-    draw_rate(figure.add_subplot(grid[:, 2]))
+    figure, axes = plt.subplots(2, 2, figsize=(7.6, 6.4), layout="constrained")
+    draw_example(axes[0, 0], axes[0, 1])
+    draw_spread(axes[1, 0])
+    draw_rate(axes[1, 1])
 
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    figure.savefig(path + ".tmp", dpi=110, format="png")
+    figure.savefig(path + ".tmp", dpi=180, format="png")
     os.replace(path + ".tmp", path)
 
 def main():
