@@ -161,7 +161,7 @@ def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf)
         return {"pair": json.dumps(pair)}  # a column holds one type: here text
 
     # on all cores of this rank; `datasets` keeps the result until the file or this program changes
-    lines = load_dataset("text", data_files=glob.escape(str(path)), split="train")
+    lines = load_dataset("text", data_files=glob.escape(path), split="train")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     jobs = max(1, min(cores, len(lines) // 1000))
     rows = lines.map(tokenize, input_columns="text", with_indices=True, num_proc=jobs)
@@ -287,7 +287,7 @@ def can_share(model, pair):
     own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
     for n, response in enumerate(responses):
         ids = torch.tensor([prompt + response], device=model.device)  # (1, T)
-        logits = model(ids).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (T, V)
         own[n] = -F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
     for shared in (True, False):
         with suppress(Exception):  # models that know no mask of four dimensions fail as they like
