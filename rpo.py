@@ -294,7 +294,7 @@ def can_share(model, pair):
             logps = PairLogps(model)(collate([pair], shared, model.device))[0]
             if torch.allclose(logps, own, rtol=1e-5, atol=1e-4):
                 return shared
-    raise ValueError(f"{type(model).__name__}: its rows do not give its own log-probs {own.tolist()}. "
+    raise ValueError(f"{type(model).__name__}: its rows do not give its own log-probs {own}. "
                      "nan: broken weights; a soft cap on logits: apply docs/changes/soft_cap.diff")
 
 @torch.no_grad()
@@ -318,7 +318,7 @@ def save_checkpoint(path, model, optimizer, tokenizer, state):
         moments = {f"{name}.{key}": tensor for name, weight in model.named_parameters()
                    for key, tensor in optimizer.state[weight].items()}
         save_file(moments, aside / "optimizer.safetensors")
-        (aside / "trainer_state.json").write_text(json.dumps(state, indent=1))
+        (aside / "trainer_state.json").write_text(json.dumps(state))
         for file in aside.glob("*.safetensors"):  # else readable by their owner alone
             shutil.copymode(aside / "trainer_state.json", file)
         os.sync()
@@ -372,7 +372,6 @@ def train_step(step, policy, optimizer, pairs, ref_logps, o, shared):
     return row
 
 def evaluate(step, module, pairs, ref_logps, o, shared):
-    """Means over all test pairs, {name: float}."""
     logps = score(module, pairs, o.max_tokens, shared, dist.get_rank(), dist.get_world_size())
     _, metrics = pair_losses(logps, ref_logps, pairs, o)
     row = {f"eval/{name}": values.mean().item() for name, values in metrics.items()}
@@ -390,10 +389,10 @@ def open_run(o):
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another run is writing to {o.out_dir}")
+        raise ValueError("another run is writing to --out_dir")
     folder = newest_checkpoint(o.out_dir)
     if not o.resume and (folder or log.tell()):
-        raise ValueError(f"{o.out_dir} holds a run: --resume it, or choose another --out_dir")
+        raise ValueError("--out_dir holds a run: --resume it, or choose another")
 
     # a resumed run agrees with the one it continues in all that decides its numbers
     options = {name: value for name, value in asdict(o).items() if name not in RESUME_MAY_CHANGE}
@@ -412,8 +411,10 @@ def open_run(o):
 def main(o):
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
         raise ValueError("--beta 0 leaves no loss; SFT alone is --beta 0 --sft mean --eta 1")
-    if min(o.batch_size, o.epochs, o.max_prompt_length, o.grad_clip) <= 0 or not 0 <= o.warmup_ratio <= 1:
-        raise ValueError("batch_size, epochs, max_prompt_length, grad_clip: above 0; warmup_ratio: 0 to 1")
+    lowest = min(o.beta, o.eta, o.learning_rate, o.warmup_ratio, 1 - o.warmup_ratio)
+    if lowest < 0 or min(o.batch_size, o.epochs, o.max_prompt_length, o.grad_clip) <= 0:
+        raise ValueError("batch_size, epochs, max_prompt_length, grad_clip: above 0; warmup_ratio: 0 to 1; "
+                         "beta, eta, learning_rate: 0 or more")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -424,7 +425,6 @@ def main(o):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     log, folder, state = open_run(o)
 
-    # data
     tokenizer = AutoTokenizer.from_pretrained(o.model)
     if AutoTokenizer.from_pretrained(o.ref_model or o.model).get_vocab() != tokenizer.get_vocab():
         raise ValueError("--ref_model has another vocabulary than --model")

@@ -296,9 +296,7 @@ NOT_YET = {
     "test_a_fault_is_one_line_and_nothing_is_lost[empty]": "the line does not name the file",
     "test_a_fault_is_one_line_and_nothing_is_lost[latin-1]": "the line does not name the file",
     "test_a_fault_is_one_line_and_nothing_is_lost[weights cut]": "the line does not name the file",
-    "test_a_fault_is_one_line_and_nothing_is_lost[max_steps -1]": "negatives are taken",
-    "test_a_fault_is_one_line_and_nothing_is_lost[learning_rate -0.001]": "negatives are taken",
-    "test_a_fault_is_one_line_and_nothing_is_lost[beta -1]": "negatives are taken",
+    "test_a_fault_is_one_line_and_nothing_is_lost[max_steps -1]": "it trains nothing and says nothing",
 }
 
 def pytest_collection_modifyitems(items):
