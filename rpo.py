@@ -294,7 +294,7 @@ def can_share(model, pair):
             logps = PairLogps(model)(collate([pair], shared, model.device))[0]
             if torch.allclose(logps, own, rtol=1e-5, atol=1e-4):
                 return shared
-    raise ValueError(f"{type(model).__name__}: its rows do not give its own log-probs {own}. "
+    raise ValueError(f"the rows do not give the model's own log-probs {own}. "
                      "nan: broken weights; a soft cap on logits: apply docs/changes/soft_cap.diff")
 
 @torch.no_grad()
@@ -492,7 +492,7 @@ def run(argv=None):
         if "RPO_TRACEBACK" in os.environ:
             raise
         text = " ".join(f"{type(error).__name__} {error}".split())[:500]
-        tqdm.write(f"error: {text} (newest checkpoint: {newest_checkpoint(o.out_dir)})", file=sys.stderr)
+        tqdm.write(f"error: {text} (model {o.model}, kept {newest_checkpoint(o.out_dir)})", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ FAULTS = {
     "identical responses": (data(GOOD.replace("w11", "w12")), ["train.jsonl", "no pair"]),
     # models
     "no such model": (flags("--model", "/nowhere/model"), ["/nowhere/model"]),
+    "no such folder, or hub": (flags("--model", "no/model"), ["model no/model"]),
     "no model": (flags("--model", ""), ["''"]),
     "weights cut": (model(cut("model.safetensors", 1000)), ["FOLDER/model"]),
     "no weights": (model(without("model.safetensors")), ["FOLDER/model", "model.safetensors"]),
@@ -223,7 +224,7 @@ FAULTS = {
     "rows longer than positions": (model(instead(few_positions)), ["index out of range"]),
     "a classifier": (model(instead(classifier)), ["FOLDER/model", "lm_head.weight"]),
     "an encoder": (model(instead(encoder_and_decoder)), ["T5Config"]),
-    "a soft cap": (model(instead(soft_capped)), ["Gemma2ForCausalLM", "soft_cap.diff"]),
+    "a soft cap": (model(instead(soft_capped)), ["FOLDER/model", "soft_cap.diff"]),
     "code in a pickle": (model(pickled_code), ["Weights only load failed"]),
     "code beside the model": (model(own_code), ["FOLDER/model", "custom code"]),
     # flags
