@@ -233,5 +233,5 @@ def test_a_model_whose_rows_are_not_its_own_is_refused():
     """Here one that doubles its logits, which PairLogps computes from hidden states by itself."""
     model = tiny_llama()
     model.lm_head.register_forward_hook(lambda head, inputs, logits: 2 * logits)
-    with pytest.raises(ValueError, match="LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="do not give the model's own log-probs"):
         rpo.can_share(model, random_pairs(1)[0])
