@@ -11,6 +11,7 @@ eval.py COMMAND --help explains a command and its flags. The parts of this file:
 jobs that may be interrupted, prompts, a local model, a chat server, judges, the five commands.
 """
 import argparse
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -79,17 +80,25 @@ RETRIES = 6
 # ------------------------------------------------------------------------------------------------
 # files and tables
 
-def write_file(path, text):
-    """Written aside and renamed: the file is whole or not there. ValueError if it cannot be."""
+@contextlib.contextmanager
+def written_aside(path):
+    """
+    with written_aside(path) as aside: what is written to `aside` becomes the file, all of it or
+    nothing, so that a full disk costs no older file. Raises ValueError where it cannot be written.
+    """
     aside = Path(f"{path}.tmp")
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
-        aside.write_text(text, encoding="utf-8")
+        yield aside
         os.replace(aside, path)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}")
     finally:
         aside.unlink(missing_ok=True)
+
+def write_file(path, text):
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 def check_writable(path):
     """Raises ValueError if a file cannot be written: to be known before the work, not after."""
@@ -1374,15 +1383,8 @@ def plot(o):
         panels.append(metric)
     panels += [metric for metric in ("gold", "kl") if metric in known]
     figure = draw(settings, panels)
-    # aside, as write_file does: a full disk costs the new figure, not the old one
-    aside = Path(f"{o.out}.tmp")
-    try:
+    with written_aside(o.out) as aside:
         figure.savefig(aside, dpi=200, format=Path(o.out).suffix[1:].lower())
-        os.replace(aside, o.out)
-    except OSError as error:
-        raise ValueError(f"{o.out} cannot be written: {error.strerror}")
-    finally:
-        aside.unlink(missing_ok=True)
     print_ends(settings, known)
 
 # ------------------------------------------------------------------------------------------------

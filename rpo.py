@@ -287,7 +287,7 @@ def can_share(model, pair):
     own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
     for n, response in enumerate(responses):
         ids = torch.tensor([prompt + response], device=model.device)  # (1, T)
-        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # a row for each response token
         own[n] = -F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
     for shared in (True, False):
         with suppress(Exception):  # models that know no mask of four dimensions fail as they like
