@@ -21,8 +21,9 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Literal
 
 import torch
@@ -35,10 +36,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 from transformers.hf_argparser import HfArg
 
 @dataclass
-class Options:
+class TrainOptions:
+    _argument_group_name = "what decides the numbers: a resumed run must agree in it"
     model: str = HfArg(default="data/toy/model", help="policy at the start: folder or hub name")
     ref_model: str = HfArg(default="", help="reference; empty: --model as it is before training")
-    data: str = HfArg(default="data/toy", help="folder with train.jsonl and perhaps test.jsonl")
     beta: float = HfArg(default=0.1, help="pull to the reference; 0, with --sft mean: SFT alone")
     eta: float = HfArg(default=0.5, help="weight of the SFT term; 0: DPO")
     sft: Literal["sum", "mean"] = HfArg(default="sum", help="form of the SFT term, see rpo_loss")
@@ -52,6 +53,11 @@ class Options:
     grad_clip: float = HfArg(default=1.0, help="largest gradient norm; inf: no clipping")
     dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="of computation")
     seed: int = HfArg(default=42, help="of the order of the pairs, the only random draw")
+
+@dataclass
+class RunOptions:
+    _argument_group_name = "the run: may change when it is resumed"
+    data: str = HfArg(default="data/toy", help="folder with train.jsonl and perhaps test.jsonl")
     out_dir: str = HfArg(default="out/toy-rpo", help="for metrics.jsonl and checkpoints")
     max_tokens: int = HfArg(default=8192, help="tokens of a rank's micro-batch: sets the memory")
     max_steps: int = HfArg(default=0, help="stop after this step; rate as for all epochs; 0: no")
@@ -59,10 +65,6 @@ class Options:
     save_every: int = HfArg(default=0, help="steps between checkpoints; 0: the last only")
     resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --out_dir")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, more time")
-
-SHOWN = ("eval/loss", "eval/loss/dpo", "eval/rewards/accuracies", "eval/logps/chosen_vs_ref")
-RESUME_MAY_CHANGE = ("data", "out_dir", "max_tokens", "max_steps", "eval_every", "save_every", "resume",
-                     "gradient_checkpointing")
 
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
     """5) The loss of each pair (B,), to be averaged over the global batch, and metrics {name: (B,)}.
@@ -152,8 +154,6 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
 def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
     """The pairs of a JSON-lines file; prints how many others are dropped for which reason."""
     def tokenize(line, number, program=Path(__file__).read_text()):  # program: only map's cache key
-        if not line.strip():
-            return {"pair": '"blank line"'}  # JSON, as below
         try:
             pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
         except Exception as error:
@@ -184,8 +184,7 @@ def global_batches(n, batch_size, seed, epochs):
     """Indices of the pairs of each step; every rank draws the same permutation for each epoch."""
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed((seed << 20) + epoch)
-        for batch in torch.randperm(n, generator=generator).split(batch_size):
-            yield batch.tolist()
+        yield from torch.randperm(n, generator=generator).split(batch_size)
 
 def row_length(pair, shared):
     """Tokens of a pair: one row, the prompt's last token once per response; or 2 padded rows."""
@@ -303,8 +302,7 @@ def score(module, pairs, max_tokens, shared, rank=0, world_size=1):
     logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=module.model.device)
     micro = list(micro_batches(pairs, max_tokens, shared, rank, world_size))
     for indices, weight in tqdm(micro, "log-probs", leave=False, disable=rank > 0):
-        batch = collate([pairs[i] for i in indices], shared, logps.device)
-        logps[indices] = weight * module(batch)
+        logps[indices] = weight * module(collate([pairs[i] for i in indices], shared, logps.device))
     if world_size > 1:
         dist.all_reduce(logps)  # a sum: on all ranks but one a pair's entry is 0
     return logps
@@ -327,7 +325,6 @@ def save_checkpoint(path, model, optimizer, tokenizer, state):
         shutil.rmtree(aside, ignore_errors=True)
 
 def newest_checkpoint(out_dir):
-    """The folder of the checkpoint with the most steps, or None."""
     return [None, *sorted(Path(out_dir).glob("step_*[0-9]")), *Path(out_dir).glob("final")][-1]
 
 def learning_rate(step, steps, o):
@@ -367,15 +364,17 @@ def train_step(step, policy, optimizer, pairs, ref_logps, o, shared):
     optimizer.zero_grad()
     tokens = sum(len(ids) for pair in pairs for ids in pair.values())
     row["tokens_per_second"] = tokens / (time.perf_counter() - start)
-    if ref_logps.is_cuda:
-        row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    # the GPU's; without one the process's, which Linux counts in KiB and macOS in bytes
+    process = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    row["peak_memory_gib"] = (torch.cuda.max_memory_allocated() or process) / 2**30
     return row
 
 def evaluate(step, module, pairs, ref_logps, o, shared):
     logps = score(module, pairs, o.max_tokens, shared, dist.get_rank(), dist.get_world_size())
     _, metrics = pair_losses(logps, ref_logps, pairs, o)
     row = {f"eval/{name}": values.mean().item() for name, values in metrics.items()}
-    print0(f"step {step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in SHOWN))
+    shown = ("eval/loss", "eval/loss/dpo", "eval/rewards/accuracies", "eval/logps/chosen_vs_ref")
+    print0(f"step {step}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown))
     return row
 
 def open_run(o):
@@ -395,11 +394,11 @@ def open_run(o):
         raise ValueError("--out_dir holds a run: --resume it, or choose another")
 
     # a resumed run agrees with the one it continues in all that decides its numbers
-    options = {name: value for name, value in asdict(o).items() if name not in RESUME_MAY_CHANGE}
+    options = {field.name: getattr(o, field.name) for field in fields(TrainOptions)}
     options["training pairs"] = hashlib.sha256(Path(o.data, "train.jsonl").read_bytes()).hexdigest()
     state = {"step": -1, "options": options, "log_size": 0}  # a new run goes on with step 0
     if folder:
-        print0(f"resumes from {folder}; if it is damaged, delete it, and the one before is taken")
+        print0(f"resumes from {folder}")
         state = json.loads((folder / "trainer_state.json").read_text())
     states = [state]
     dist.broadcast_object_list(states)  # all compare with rank 0: a machine may hold other data
@@ -411,10 +410,10 @@ def open_run(o):
 def main(o):
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
         raise ValueError("--beta 0 leaves no loss; SFT alone is --beta 0 --sft mean --eta 1")
-    lowest = min(o.beta, o.eta, o.learning_rate, o.warmup_ratio, 1 - o.warmup_ratio)
+    lowest = min(o.beta, o.eta, o.learning_rate, o.warmup_ratio, 1 - o.warmup_ratio, o.max_steps)
     if lowest < 0 or min(o.batch_size, o.epochs, o.max_prompt_length, o.grad_clip) <= 0:
         raise ValueError("batch_size, epochs, max_prompt_length, grad_clip: above 0; warmup_ratio: 0 to 1; "
-                         "beta, eta, learning_rate: 0 or more")
+                         "beta, eta, learning_rate, max_steps: 0 or more")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -483,16 +482,17 @@ def main(o):
 
 def run(argv=None):
     """Whatever goes wrong ends here, in one line; RPO_TRACEBACK=1 shows where it was raised."""
-    parser = HfArgumentParser(Options, description="RPO = DPO + eta * SFT", allow_abbrev=False)
-    o = Options(**vars(parser.parse_args(argv)))
+    groups = [TrainOptions, RunOptions]
+    o = HfArgumentParser(groups, description="RPO = DPO + eta * SFT", allow_abbrev=False).parse_args(argv)
     try:
         main(o)
         dist.destroy_process_group()  # only here: DDP must be gone, as it is when main returns
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
+        kept = newest_checkpoint(o.out_dir)
         text = " ".join(f"{type(error).__name__} {error}".split())[:500]
-        tqdm.write(f"error: {text} (model {o.model}, kept {newest_checkpoint(o.out_dir)})", file=sys.stderr)
+        tqdm.write(f"error: {text} (model {o.model}; kept, delete it if damaged: {kept})", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -295,7 +295,6 @@ def copy_data(world, folder):
 NOT_YET = {
     "test_a_fault_is_one_line_and_nothing_is_lost[empty]": "the line does not name the file",
     "test_a_fault_is_one_line_and_nothing_is_lost[latin-1]": "the line does not name the file",
-    "test_a_fault_is_one_line_and_nothing_is_lost[max_steps -1]": "it trains nothing and says nothing",
 }
 
 def pytest_collection_modifyitems(items):

@@ -184,13 +184,14 @@ def own_code(folder):
 USER = {"role": "user", "content": "w10"}
 NORM = "layernorm.weight"
 NEWEST = "FOLDER/run/step_000004"
+DELETE = "delete it if damaged: " + NEWEST
 FAULTS = {
     # data
     "no train.jsonl": (data(None), ["FOLDER/data/train.jsonl"]),
     "no data folder": (flags("--data", "nowhere"), ["no folder nowhere", "prepare_data.py"]),
     "train.jsonl is a folder": (data_is_a_folder, ["FOLDER/data/train.jsonl"]),
     "empty": (data(""), ["FOLDER/data"]),
-    "blank lines alone": (data("\n\n"), ["FOLDER/data/train.jsonl", "no pair"]),
+    "a blank line": (data(GOOD + "\n" + GOOD), ["FOLDER/data/train.jsonl line 2", "JSON"]),
     "a torn line": (data(GOOD + GOOD[:30] + "\n"), ["FOLDER/data/train.jsonl line 2", "JSON"]),
     "latin-1": (data(GOOD.replace("w11", "caf\xe9").encode("latin-1")), ["FOLDER/data", "utf-8"]),
     "a byte order mark": (data(b"\xef\xbb\xbf" + GOOD.encode()), ["train.jsonl line 1", "BOM"]),
@@ -252,17 +253,17 @@ FAULTS = {
     "out_dir where none can be": (out_dir("/proc/run"), ["/proc/run"]),
     "metrics.jsonl is a folder": (out_dir("odd"), ["FOLDER/odd/metrics.jsonl"]),
     # checkpoints
-    "state cut": (checkpoint(cut("trainer_state.json", 50)), [NEWEST]),
-    "state empty": (checkpoint(cut("trainer_state.json", 0)), [NEWEST]),
-    "state of nothing": (checkpoint(text("trainer_state.json", "{}")), [NEWEST]),
-    "no state": (checkpoint(without("trainer_state.json")), [NEWEST]),
-    "no moments": (checkpoint(without("optimizer.safetensors")), [NEWEST]),
-    "moments cut": (checkpoint(cut("optimizer.safetensors", 5000)), [NEWEST]),
-    "saved weights cut": (checkpoint(cut("model.safetensors", 5000)), [NEWEST]),
-    "no saved weights": (checkpoint(without("model.safetensors")), [NEWEST]),
-    "no saved config": (checkpoint(without("config.json")), [NEWEST]),
-    "saved norms missing": (checkpoint(without_norms), [NEWEST, NORM]),
-    "a saved weight is nan": (checkpoint(one_weight(math.nan)), [NEWEST, "nan"]),
+    "state cut": (checkpoint(cut("trainer_state.json", 50)), [DELETE]),
+    "state empty": (checkpoint(cut("trainer_state.json", 0)), [DELETE]),
+    "state of nothing": (checkpoint(text("trainer_state.json", "{}")), [DELETE]),
+    "no state": (checkpoint(without("trainer_state.json")), [DELETE]),
+    "no moments": (checkpoint(without("optimizer.safetensors")), [DELETE]),
+    "moments cut": (checkpoint(cut("optimizer.safetensors", 5000)), [DELETE]),
+    "saved weights cut": (checkpoint(cut("model.safetensors", 5000)), [DELETE]),
+    "no saved weights": (checkpoint(without("model.safetensors")), [DELETE]),
+    "no saved config": (checkpoint(without("config.json")), [DELETE]),
+    "saved norms missing": (checkpoint(without_norms), [DELETE, NORM]),
+    "a saved weight is nan": (checkpoint(one_weight(math.nan)), [DELETE, "nan"]),
 }
 
 @pytest.fixture(scope="module")

@@ -76,8 +76,8 @@ def processes(launcher):
 def options_of(arguments):
     """rpo.py's own reading of its flags; --fsdp comes with a patch, which has tests of its own."""
     arguments = [word for word in arguments if word != "--fsdp"]
-    (o,) = HfArgumentParser(rpo.Options, allow_abbrev=False).parse_args_into_dataclasses(arguments)
-    return o
+    groups = [rpo.TrainOptions, rpo.RunOptions]
+    return HfArgumentParser(groups, allow_abbrev=False).parse_args(arguments)
 
 def parses(program, arguments, monkeypatch):
     """Whether a program takes the flags; nothing is run."""

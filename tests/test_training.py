@@ -4,6 +4,7 @@ response at a time, the batch's mean, torch's AdamW.
 """
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,9 +247,23 @@ def test_every_row_has_every_key(whole):
     rows = read_rows(whole)
     for row in train_rows(rows):
         assert row.keys() - set(TIMINGS) == METRICS | {"step", "epoch", "lr", "grad_norm"}
+        assert row.keys() >= set(TIMINGS)
         assert row["tokens_per_second"] > 0
     for row in eval_rows(rows):
         assert row.keys() == {f"eval/{name}" for name in METRICS} | {"step", "epoch"}
+
+STATUS = Path("/proc/self/status")
+
+@pytest.mark.skipif(torch.cuda.is_available() or not STATUS.exists(), reason="a GPU, or no Linux")
+def test_memory_without_a_gpu_is_the_process_peak(world, tmp_path):
+    """In GiB, as the kernel counts it elsewhere: between the peaks before and after the run."""
+    def peak():
+        return int(STATUS.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
+    before = peak()
+    rows = train_rows(run(*command(world, tmp_path, "--max_steps", 2)))
+    for row in rows:
+        assert before * 0.999 <= row["peak_memory_gib"] <= 1.1 * peak()
 
 def test_a_row_a_step_and_evaluations_between(whole):
     """--eval_every 2: before training, every second step, and at the end."""
