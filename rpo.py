@@ -70,7 +70,7 @@ def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", b
     """5) The loss of each pair (B,), to be averaged over the global batch, and metrics {name: (B,)}.
     policy_logps, ref_logps (B, 2): summed log-probs, in nats, of [chosen, rejected].
     chosen_lengths (B,): tokens of the chosen response. baseline_logps (B,), not used in this file:
-    those of another response for SFT, whose lengths are then given (docs/changes/baseline.diff)."""
+    another response's, for SFT; chosen_lengths are then its (docs/changes/baseline.diff)."""
     logratios = policy_logps - ref_logps  # (B, 2)
     rewards = beta * logratios
     h = logratios[:, 0] - logratios[:, 1]  # (B,)
@@ -131,7 +131,7 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
     raw = isinstance(record["prompt"], str)
     ids = {key: tokenizer(text, add_special_tokens=raw).input_ids for key, text in texts.items()}
     # the prompt is what all three begin with; a token across the seam goes to the response
-    n = len(os.path.commonprefix(list(ids.values())))
+    n = len(os.path.commonprefix(list(ids.values())))  # which takes any lists
     prompt = ids.pop("prompt")[:n]
     if not prompt or prompt[:2] == [tokenizer.bos_token_id] * 2:
         return "empty prompt or two BOS tokens"
@@ -187,7 +187,7 @@ def global_batches(n, batch_size, seed, epochs):
         yield from torch.randperm(n, generator=generator).split(batch_size)
 
 def row_length(pair, shared):
-    """Tokens of a pair: one row, the prompt's last token once per response; or 2 padded rows."""
+    """Tokens of a pair as collate, below, lays it out: one row if shared, else 2 padded ones."""
     prompt, *responses = [len(ids) for ids in pair.values()]
     one_row = prompt - 1 + len(responses) + sum(responses)
     return one_row if shared else len(responses) * (prompt + max(responses))
@@ -245,7 +245,7 @@ class PairLogps(torch.nn.Module):
             inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            # the transformer without its head; .model first: Llama 4's base_model has the head
+            # the transformer without its head: .model, else base_model (Llama 4's has the head)
             body = getattr(self.model, "model", self.model.base_model)
             hidden = body(**inputs, use_cache=False)[0]  # (R, T, D)
 
@@ -257,10 +257,10 @@ class PairLogps(torch.nn.Module):
             scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)
             hidden = scale * hidden[row, column]  # (N, D)
 
-            # = cross_entropy(hidden @ weight.T, next ids); N > 512: in chunks, for (N, V) is large
+            # = cross_entropy(hidden @ weight.T, next ids). (N, V) is large: chunks cost time for memory
             head = self.model.get_output_embeddings()  # weight (V, D), perhaps a bias (V,)
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(hidden) > 512 else None
-            nll = F.linear_cross_entropy(
+            nll = F.linear_cross_entropy(  # in chunks out of autocast's reach, hence .to
                 hidden.to(self.dtype), head.weight.to(self.dtype), ids[row, column + 1],
                 linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
 
@@ -281,7 +281,7 @@ def load_model(path):
 @torch.no_grad()
 def can_share(model, pair):
     """Compares our log-probs with those of the model's plain forward: True, rows may share a prompt;
-    False, the model does not obey mask and positions (Mamba, ALiBi, a window shorter than the row)."""
+    False, it does not obey mask and positions (Mamba, ALiBi, a window below prompt + response)."""
     prompt, *responses = pair.values()
     own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
     for n, response in enumerate(responses):
@@ -324,7 +324,7 @@ def save_checkpoint(path, model, optimizer, tokenizer, state):
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
-def newest_checkpoint(out_dir):
+def newest_checkpoint(out_dir):  # the final one, else that of the last step, else None
     return [None, *sorted(Path(out_dir).glob("step_*[0-9]")), *Path(out_dir).glob("final")][-1]
 
 def learning_rate(step, steps, o):
@@ -384,7 +384,7 @@ def open_run(o):
     os.makedirs(o.out_dir, exist_ok=True)
     log = tempfile.TemporaryFile("w")  # thrown away: rank 0 alone writes the log
     if dist.get_rank() == 0:
-        log = open(f"{o.out_dir}/metrics.jsonl", "a", buffering=1)  # so tell() is its size
+        log = open(f"{o.out_dir}/metrics.jsonl", "a", buffering=1)  # appends: tell() is its size
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -405,7 +405,7 @@ def open_run(o):
     for name, value in states[0]["options"].items():
         if options[name] != value:
             raise ValueError(f"--resume, or rank 0: {name} was {value}, now it is {options[name]}")
-    return log, folder, state  # each rank's own: all must see the same --out_dir
+    return log, folder, state  # as this rank read them: all must see the same --out_dir
 
 def main(o):
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
@@ -435,7 +435,7 @@ def main(o):
     steps = len(batches)
     stop = min(steps, o.max_steps or steps)  # the schedule is planned on all steps
 
-    # the pair with the longest prompt + response, the first that a short window would cut
+    # the pair with the longest prompt + response, the first a window would cut (2 rows: twice that)
     longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, False))
     # the reference: its log-probs are computed once, by the module that computes the policy's
     model = load_model(o.ref_model or o.model).to(device).requires_grad_(False)
@@ -446,9 +446,9 @@ def main(o):
 
     # the policy
     model = load_model(folder or o.model).to(device)
-    shared = can_share(model, longest)
+    shared = can_share(model, longest)  # again: the reference may be of another architecture
     if o.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable()  # transformers' newer name of it
     module = policy = PairLogps(model, getattr(torch, o.dtype))
     if world_size > 1:  # the module in DDP; unused: a MoE expert may get no token in a step
         policy = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
@@ -458,7 +458,7 @@ def main(o):
             weight, _, key = name.rpartition(".")
             optimizer.state[model.get_parameter(weight)][key] = tensor
 
-    # rows logged after the checkpoint will be logged again; on ranks above 0 the log is empty
+    # rows after the checkpoint will be logged again; min: on ranks above 0 the log stays empty
     log.truncate(min(log.tell(), state["log_size"]))
     def write_row(step, row):
         log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row, allow_nan=False) + "\n")
@@ -486,7 +486,7 @@ def run(argv=None):
     o = HfArgumentParser(groups, description="RPO = DPO + eta * SFT", allow_abbrev=False).parse_args(argv)
     try:
         main(o)
-        dist.destroy_process_group()  # only here: DDP must be gone, as it is when main returns
+        dist.destroy_process_group()  # DDP must be gone before, or this hangs: it went with main
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
