@@ -103,12 +103,17 @@ def test_every_command_parses(launcher, program, arguments, monkeypatch):
     """A flag that was renamed, or a value that is no longer allowed, must not survive in a text."""
     parses(program, arguments, monkeypatch)
 
+def script(name):
+    """A program of docs/ as a module."""
+    place = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
 @pytest.fixture
 def rounds(tmp_path, monkeypatch):
     """The commands of docs/online.py for one seed, none of them run, and the models it measures."""
-    place = importlib.util.spec_from_file_location("online", ROOT / "docs" / "online.py")
-    online = importlib.util.module_from_spec(place)
-    place.loader.exec_module(online)
+    online = script("online")
     monkeypatch.chdir(tmp_path)
     commands = []
 
@@ -155,6 +160,27 @@ def test_offline_spends_as_many_labels_all_of_the_first_models_answers(rounds):
     assert {asked[f"{folder}.json"] for folder in labelled} == {"data/online-s0/model"}
     assert {name for name in models if "offline" in name} == {
         "rpo-offline", "dpo-offline", "sft-offline"}
+
+def test_the_runs_on_a_real_model_differ_in_the_loss_and_the_order_alone(tmp_path, monkeypatch):
+    """The commands of docs/real.py, none of them run."""
+    real, commands = script("real"), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(real, "run", lambda program, *words: commands.append((program, [*words])))
+    models = real.train("MODEL", "DATA")
+    real.own_samples(models, "DATA")
+    for program, arguments in commands:
+        with monkeypatch.context() as patch:
+            parses(program, arguments, patch)
+    runs = [options_of(arguments) for program, arguments in commands if program == "rpo.py"]
+    assert len(runs) == len(real.RUNS) == len(models) - 1
+    free = {"beta", "eta", "sft", "seed", "out_dir"}
+    same = [{key: of for key, of in vars(o).items() if key not in free} for o in runs]
+    assert all(options == same[0] for options in same)
+
+def test_a_pass_counts_each_training_pair_once():
+    """Ten pairs in batches of eight and two, twice: the small batch weighs a quarter."""
+    real = script("real")
+    assert real.pass_means([{"x": 1.0}, {"x": 6.0}, {"x": 0.0}, {"x": 5.0}], "x", 10) == [2.0, 1.0]
 
 def value(arguments, flag, default=""):
     return arguments[arguments.index(flag) + 1] if flag in arguments else default
