@@ -10,7 +10,6 @@ and the loss of one pair is
     --sft mean   -log sigmoid(beta * h) - eta * log pi(y_w|x) / |y_w|     (averaged, no beta)
 One pair's way: 1) tokenize_pair  2) micro_batches  3) collate  4) PairLogps  5) rpo_loss"""
 import fcntl
-import glob
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from glob import escape
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Literal
@@ -151,17 +151,17 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
             return "longer than max_length"
     return pair
 
-def load_pairs(path, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
-    """The pairs of a JSON-lines file; prints how many others are dropped for which reason."""
+def load_pairs(path, tokenizer, *limits):
+    """The pairs of a JSON-lines file, limits as in tokenize_pair; prints what is dropped and why."""
     def tokenize(line, number, program=Path(__file__).read_text()):  # program: only map's cache key
         try:
-            pair = tokenize_pair(json.loads(line), tokenizer, max_length, max_prompt_length)
+            pair = tokenize_pair(json.loads(line), tokenizer, *limits) if line.strip() else "blank line"
         except Exception as error:
-            raise ValueError(f"{path} line {number + 1} is no usable prompt, chosen, rejected: {error!r}")
+            raise ValueError(f"{path} line {number + 1} is no UTF-8 prompt, chosen, rejected: {error!r}")
         return {"pair": json.dumps(pair)}  # a column holds one type: here text
 
     # on all cores of this rank; `datasets` keeps the result until the file or this program changes
-    lines = load_dataset("text", data_files=glob.escape(path), split="train")
+    lines = load_dataset("text", data_files=escape(path), split="train", encoding_errors="backslashreplace")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     jobs = max(1, min(cores, len(lines) // 1000))
     rows = lines.map(tokenize, input_columns="text", with_indices=True, num_proc=jobs)
@@ -490,9 +490,9 @@ def run(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
-        kept = newest_checkpoint(o.out_dir)
+        kept = f"kept, delete it if damaged: {newest_checkpoint(o.out_dir)}"
         text = " ".join(f"{type(error).__name__} {error}".split())[:500]
-        tqdm.write(f"error: {text} (model {o.model}; kept, delete it if damaged: {kept})", file=sys.stderr)
+        tqdm.write(f"error: {text} (model {o.model}, data {o.data}; {kept})", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -288,16 +288,3 @@ def contents(folder):
 
 def copy_data(world, folder):
     return shutil.copytree(world.data, folder)
-
-# ------------------------------------------------------------------------------------------------
-# what rpo.py does not do yet: the tests state it as it should be, and are expected to fail
-
-NOT_YET = {
-    "test_a_fault_is_one_line_and_nothing_is_lost[empty]": "the line does not name the file",
-    "test_a_fault_is_one_line_and_nothing_is_lost[latin-1]": "the line does not name the file",
-}
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.name in NOT_YET:
-            item.add_marker(pytest.mark.xfail(reason=NOT_YET[item.name], strict=True))

@@ -456,14 +456,14 @@ def test_the_cache_is_of_this_file_tokenizer_and_limit(tokenizer, tmp_path, cach
     records = [record_of("w10 w11 ", "w12", "w13"), record_of("w10 ", "w12", "w13")]
     write_jsonl(path, records)
     arguments = {"max_length": math.inf, "max_prompt_length": math.inf}
-    before = rpo.load_pairs(path, tokenizer, **arguments)
+    before = rpo.load_pairs(path, tokenizer, *arguments.values())
     if change == "file":
         write_jsonl(path, records[1:])
     elif change == "tokenizer":
         tokenizer = adding_bos(tokenizer)
     else:
         arguments[change] = {"max_length": 3, "max_prompt_length": 1}[change]
-    found = rpo.load_pairs(path, tokenizer, **arguments)
+    found = rpo.load_pairs(path, tokenizer, *arguments.values())
     assert found != before
     records = [json.loads(line) for line in path.read_text().splitlines()]
     tokenized = [rpo.tokenize_pair(record, tokenizer, **arguments) for record in records]
