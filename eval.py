@@ -2,14 +2,15 @@
 What a policy has become: log-probs and KL, answers, win rates, new preference pairs, figures.
 
 $ python eval.py prefs --model out/rpo out/dpo --ref_model data/toy/model --data data/toy
-$ python eval.py generate --model out/rpo/final --data data/toy --out out/rpo.json
-$ python eval.py winrate out/rpo.json out/dpo.json --judge gold
-$ python eval.py label out/rpo.json --judge gold --out data/round2
+$ python eval.py generate --model out/rpo/final --data data/toy --n 2 --temperature 1 --out A.json
+$ python eval.py winrate A.json B.json --judge gold
+$ python eval.py label A.json --judge gold --out data/round2
 $ python eval.py plot out/rpo out/dpo --out out/curves.png
 
-eval.py COMMAND --help explains a command and its flags. The parts of this file: files and tables,
-jobs that may be interrupted, prompts, a local model, a chat server, judges, the five commands.
+eval.py COMMAND --help explains a command and its flags.
 """
+# the parts of this file: files and tables, jobs that may be interrupted, prompts, a local model,
+# a chat server, judges, the five commands
 import argparse
 import contextlib
 import glob
@@ -1421,12 +1422,13 @@ def json_object(text):
     return value
 
 def new_command(commands, function):
-    """The parser of a command, whose docstring's first sentence is its line in eval.py --help."""
-    text = " ".join(function.__doc__.split())
+    """The parser of a command, whose docstring says what it is, then after [.:] how it works."""
+    what, how = re.split("[.:] ", " ".join(function.__doc__.split()), maxsplit=1)
     parser = commands.add_parser(
         function.__name__,
-        help=re.split(r"[.:] ", text)[0].replace("%", "%%"),
-        description=text,
+        help=what.replace("%", "%%"),
+        description=what,
+        epilog=how[0].upper() + how[1:],
         formatter_class=partial(argparse.HelpFormatter, width=100, max_help_position=28),
         allow_abbrev=False,
     )

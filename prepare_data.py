@@ -1073,12 +1073,17 @@ def parse_options(argv=None):
     # argparse would print the usage, too, and exit by itself.
     parser.error = refuse
 
-    add = parser.add_argument
+    add = parser.add_argument_group("source and folder").add_argument
     names = ", ".join(HUB)
     add("source", nargs="?", default="toy", metavar="SOURCE",
         help=f"toy, {names}, any other hub dataset, or a local file or folder of "
         f"{', '.join(FORMATS)}, each also .gz (default: toy)")
     add("--out", metavar="FOLDER", help="folder to write (default: data/ and the source's name)")
+    add("--baseline", metavar="FILE",
+        help="copy the data folder SOURCE to --out, with the answers of this file, which "
+        "eval.py generate wrote, as the baselines that the SFT term imitates (default: none)")
+
+    add = parser.add_argument_group("pairs").add_argument
     add("--limit", type=int, metavar="PAIRS",
         help="most training pairs, drawn by the seed (default: all; of toy 1000)")
     add("--test_size", type=int, metavar="PAIRS",
@@ -1088,11 +1093,10 @@ def parse_options(argv=None):
         help="of everything that is drawn (default: 42)")
     add("--show", type=int, default=0, metavar="PAIRS",
         help="training pairs to print; toy's with a bar before each scored token (default: 0)")
+
+    add = parser.add_argument_group("the toy world").add_argument
     add("--sft_steps", type=int, default=1500, metavar="STEPS",
-        help="toy only: optimizer steps of the reference's training (default: 1500)")
-    add("--baseline", metavar="FILE",
-        help="copy the data folder SOURCE to --out, with the answers of this file, which "
-        "eval.py generate wrote, as the baselines that the SFT term imitates (default: none)")
+        help="optimizer steps of the reference's training (default: 1500)")
     o = parser.parse_args(argv)
 
     least = {"limit": 1, "test_size": 0, "seed": 0, "show": 0, "sft_steps": 1}

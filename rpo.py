@@ -483,7 +483,7 @@ def main(o):
 def run(argv=None):
     """Whatever goes wrong ends here, in one line; RPO_TRACEBACK=1 shows where it was raised."""
     groups = [TrainOptions, RunOptions]
-    o = HfArgumentParser(groups, description="RPO = DPO + eta * SFT", allow_abbrev=False).parse_args(argv)
+    o = HfArgumentParser(groups, description="trains DPO + eta * SFT", allow_abbrev=False).parse_args(argv)
     try:
         main(o)
         dist.destroy_process_group()  # DDP must be gone before, or this hangs: it went with main
