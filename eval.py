@@ -56,8 +56,6 @@ SAMPLE_METRICS = {
     "well_formed": "well formed",
     "length": "tokens",
 }
-# what fits into the closing table of plot
-AT_END = ("accuracy", "margin", "chosen-ref", "rejected-ref", "KL", "gold", "greedy gold", "tokens")
 # in the files, a metric on pairs stands under a name that tells which pairs
 PREFIX = {"test": "eval/", "train": "train/"}
 PREFS_FILE = {"test": "prefs.jsonl", "train": "prefs_train.jsonl"}
@@ -1342,24 +1340,36 @@ def draw(settings, panels):
     figure.legend(lines.values(), lines.keys(), **how)
     return figure
 
+def over_runs(values):
+    """Mean±standard deviation as a cell of a table."""
+    if not values:
+        return "-"
+    spread = f"±{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
+
+def at_end(curve):
+    return curve[max(curve)]
+
+def highest(curve):
+    return max(curve.values())
+
 def print_ends(settings, known):
-    """The last values of all curves: mean±standard deviation over the runs of a setting."""
-    titles = {PREFIX["test"] + name: title for name, title in PAIR_METRICS.items()}
-    titles |= SAMPLE_METRICS
-    titles = {name: title for name, title in titles.items() if name in known and title in AT_END}
-    table = []
-    for name, seeds in settings.items():
-        line = [name, len(seeds)]
-        for metric in titles:
-            curve = mean_curve(seeds, metric)
-            if curve is None:
-                line.append("-")
-            elif len(seeds) > 1:
-                line.append(f"{curve[1][-1]:.2f}±{curve[2][-1]:.2f}")
-            else:
-                line.append(f"{curve[1][-1]:.2f}")
-        table.append(line)
-    print_table("at the end, mean±sd over runs", ["setting", "runs", *titles.values()], table)
+    """The last values of all curves, and gold's highest: on pairs, then on samples."""
+    pairs = {PREFIX["test"] + name: (title, at_end) for name, title in PAIR_METRICS.items()}
+    samples = {name: (title, at_end) for name, title in SAMPLE_METRICS.items()}
+    for kind, columns in (("pairs", pairs), ("samples", samples)):
+        columns = [(name, *how) for name, how in columns.items() if name in known]
+        if "gold" in known and kind == "samples":
+            columns.append(("gold", "best gold", highest))
+        table = []
+        for setting, seeds in settings.items():
+            line = [setting, len(seeds)]
+            for name, _, value in columns:
+                line.append(over_runs([value(curves[name]) for curves in seeds if name in curves]))
+            table.append(line)
+        title = f"{kind} at the end, mean±sd over runs; best: of all checkpoints"
+        if columns:
+            print_table(title, ["setting", "runs", *[column for _, column, _ in columns]], table)
 
 def plot(o):
     """

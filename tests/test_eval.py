@@ -1125,10 +1125,22 @@ def test_a_full_disk_costs_the_new_figure_not_the_old_one(runs, tmp_path, monkey
 def test_plot_writes_a_figure_and_the_last_values(runs, tmp_path):
     out = succeeds("plot", *runs, "--out", tmp_path / "new" / "figure.png")
     assert (tmp_path / "new" / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    dpo, rpo_line = [re.search(rf"(?m)^{name} .*", out)[0] for name in ("dpo", "rpo")]
-    assert dpo.split() == ["dpo", "2", "-101.00±1.41", "200.00±0.00", "0.20±0.14"]
-    assert rpo_line.split() == ["rpo", "1", "-95.00", "-", "-"]
+    rows = [line.split() for line in out.splitlines() if line.startswith(("dpo", "rpo"))]
+    assert rows == [
+        ["dpo", "2", "-121.00±1.41", "-101.00±1.41"],
+        ["rpo", "1", "-115.00", "-95.00"],
+        ["dpo", "2", "200.00±0.00", "0.20±0.14", "0.20±0.14"],
+        ["rpo", "1", "-", "-", "-"]]
     assert max(len(line) for line in out.splitlines()) <= 120
+
+def test_the_best_reward_is_each_runs_own_wherever_it_was(tmp_path, capsys):
+    """Runs peak at steps of their own: the mean of 0.5 and 0.3, not the peak of the mean."""
+    for name, gold in (("dpo-s1", [0.0, 0.5, 0.1]), ("dpo-s2", [0.3, 0.1, 0.2])):
+        rows = [dict(step=step, gold=value) for step, value in enumerate(gold)]
+        write_lines(tmp_path / name / "prefs.jsonl", rows)
+    settings = evaluation.group_runs([f"{tmp_path}/dpo-s1", f"{tmp_path}/dpo-s2"])
+    evaluation.print_ends(settings, {"gold"})
+    assert capsys.readouterr().out.split()[-4:] == ["dpo", "2", "0.15±0.07", "0.40±0.14"]
 
 def test_training_pairs_stand_beside_held_out_ones_with_absolute_log_probs(
     runs, tmp_path, monkeypatch
