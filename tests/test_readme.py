@@ -231,6 +231,25 @@ def test_installation_is_shown():
     assert ["pip", "install", "-r", "requirements.txt"] in commands
     assert ["python", "-m", "pytest"] in commands
 
+def tables_of_numbers(page):
+    """(the text of its section up to its end, a table) of each table with ten numbers or more."""
+    for section in re.split(r"(?m)^(?=## )", page.read_text(encoding="utf-8")):
+        for table in re.finditer(r"(?m)(?:^\|.*\n)+", section):
+            if len(re.findall(r"-?\d+\.\d+", table[0])) >= 10:
+                yield section[: table.end()], table[0]
+
+MEASURED = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in (
+    "results", "benchmark"))]
+
+@pytest.mark.parametrize("page", MEASURED, ids=lambda page: page.name)
+def test_a_table_of_numbers_names_the_command_that_prints_it(page):
+    """In its section, before it; a link from the README leads to the commands."""
+    found = list(tables_of_numbers(page))
+    assert found
+    for before, table in found:
+        named = re.search(r"python (?:eval|rpo|tests/\w+|docs/\w+)\.py|`plot` prints", before)
+        assert named, table
+
 # ------------------------------------------------------------------------------------------------
 # recipes
 
