@@ -391,8 +391,9 @@ def masked(text):
     # the likes of EMPTY, which local servers are given, are no secrets but words
     if len(key) < 8:
         return text
-    # a key may also stand there as JSON spells it
-    return text.replace(key, "***").replace(json.dumps(key)[1:-1], "***")
+    # JSON may spell any character of it with a backslash before it, or as a code
+    spellings = [rf"(?:\\?{re.escape(letter)}|\\u{ord(letter):04x})" for letter in key]
+    return re.sub("".join(spellings), "***", text, flags=re.IGNORECASE)
 
 def shortened(text, limit=300):
     """One line without the key, of a length to be read."""

@@ -859,6 +859,12 @@ def test_the_key_is_masked_before_anything_is_cut(limit):
     for n in range(limit):
         assert KEY[:4] not in evaluation.shortened("x" * n + KEY + "y" * limit, limit)
 
+@pytest.mark.parametrize("spelled", [r"sk-Ab3+/x\\y", r"sk-Ab3+\/x\\y", r"sk-Ab3\u002B\u002fx\\y"])
+def test_the_key_is_masked_however_json_spells_it(monkeypatch, spelled):
+    monkeypatch.setenv("OPENAI_API_KEY", r"sk-Ab3+/x\y")
+    assert json.loads(f'"{spelled}"') == r"sk-Ab3+/x\y"
+    assert evaluation.masked(f'{{"error": "Bearer {spelled}"}}') == '{"error": "Bearer ***"}'
+
 @pytest.mark.parametrize("status", [400, 401, 200])
 def test_a_server_that_repeats_the_header_does_not_print_the_key(serve, pair, tmp_path, status):
     """The cut at 300 letters falls into the key."""
