@@ -490,7 +490,7 @@ def run(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
-        kept = f"kept, delete it if damaged: {newest_checkpoint(o.out_dir)}"
+        kept = f"newest checkpoint, delete it if damaged: {newest_checkpoint(o.out_dir)}"
         text = " ".join(f"{type(error).__name__} {error}".split())[:500]
         tqdm.write(f"error: {text} (model {o.model}, data {o.data}; {kept})", file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ Online, a round samples two answers of the current policy to each of 500 prompts
 and trains the policy on those labels. Offline, the first model answers three times, and one run
 trains on all the labels at once. What exists under out/ already is not computed again.
 """
+import argparse
 import json
 import statistics
 import subprocess
@@ -150,4 +151,6 @@ def main():
 
 
 if __name__ == "__main__":
+    how = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=how).parse_args()
     main()

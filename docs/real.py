@@ -6,6 +6,7 @@ $ python docs/real.py MODEL PAIRS                        # another model, other 
 Eight runs of three passes over the UltraFeedback pairs of at most 256 tokens. What exists under
 data/real and out/real already is not computed again, and a run that was stopped goes on.
 """
+import argparse
 import json
 import math
 import subprocess
@@ -207,7 +208,7 @@ def own_samples(models, data):
     run("eval.py", "prefs", "--model", *finals, "--ref_model", reference, "--data", data, *samples)
 
 
-def main(model=MODEL, source=PAIRS):
+def main(model, source):
     data = short_pairs(model, source)
     models = train(model, data)
     pairs = len(Path(data, "train.jsonl").read_text(encoding="utf-8").splitlines())
@@ -218,4 +219,9 @@ def main(model=MODEL, source=PAIRS):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser.add_argument("model", nargs="?", default=MODEL, help="folder or hub name")
+    parser.add_argument("pairs", nargs="?", default=PAIRS, help="what prepare_data.py takes")
+    o = parser.parse_args()
+    main(o.model, o.pairs)
