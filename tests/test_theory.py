@@ -1239,7 +1239,7 @@ def draw_example(rewards_axes, mass_axes):
     true = RARE_IS_BAD[0]
     top = 3.0
     methods = (
-        ("MLE", world.dpo, ORANGE, "^", -0.15),
+        ("most likely (DPO)", world.dpo, ORANGE, "^", -0.15),
         ("Algorithm 1 = RPO", world.rpo, BLUE, "o", 0.15),
     )
     rewards_axes.plot(
@@ -1255,7 +1255,7 @@ def draw_example(rewards_axes, mass_axes):
     rewards_axes.set_title("A data set that fools DPO (200 pairs)", fontsize=10)
     rewards_axes.set_ylabel(f"reward (cut at ±{top:.0f})")
     rewards_axes.set_ylim(-top, top)
-    rewards_axes.set_xlabel("action: times compared")
+    rewards_axes.set_xlabel("action, named by how often it was compared")
     rewards_axes.set_xticks(actions, [f"{each:.0f}" for each in world.comparisons[example]])
     rewards_axes.legend(fontsize=8, loc="upper right")
 
@@ -1269,9 +1269,9 @@ def draw_example(rewards_axes, mass_axes):
         edgecolor="white",
         label="Algorithm 1 = RPO",
     )
-    mass_axes.set_ylabel("policy mass")
+    mass_axes.set_ylabel("probability of the action")
     mass_axes.set_ylim(0, 1.05)
-    mass_axes.set_xlabel("action: times compared")
+    mass_axes.set_xlabel("action, named by how often it was compared")
     mass_axes.set_xticks(actions, [f"{each:.0f}" for each in world.comparisons[example]])
     mass_axes.set_title("What the policies make of it", fontsize=10)
     mass_axes.legend(fontsize=8)
@@ -1285,7 +1285,7 @@ def draw_spread(axes):
             label = f"{label}, {name}: mean {outcome.regret.mean():.2f}"
             regret = np.sort(outcome.regret)
             axes.plot(regret, share, style, color=colour, lw=width, label=label)
-    axes.set_title(f"{SETS} data sets each", fontsize=10)
+    axes.set_title(f"Regret over {SETS} data sets", fontsize=10)
     axes.set_xlabel("true regret")
     axes.set_ylabel("share of data sets with no more regret")
     axes.set_xlim(-0.03, 2.05)
@@ -1310,9 +1310,9 @@ def draw_rate(axes):
     line = np.exp(np.log(worst(right)).mean() + fitted * (logs - logs.mean()))
     label = f"slope {fitted:.2f} [{low:.2f}, {high:.2f}]"
     axes.loglog(NUMBERS, line, "-", color=BLACK, lw=0.8, label=label)
-    axes.set_title("One action compared once, at every N", fontsize=10)
+    axes.set_title("An action that is compared once", fontsize=10)
     axes.set_xlabel("pairs N")
-    axes.set_ylabel("regret, worst instance")
+    axes.set_ylabel("largest mean regret")
     axes.legend(fontsize=8, loc="lower left")
 
 PICTURE = "docs/theory.png"
