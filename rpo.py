@@ -69,8 +69,8 @@ class RunOptions:
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
     """5) The loss of each pair (B,), to be averaged over the global batch, and metrics {name: (B,)}.
     policy_logps, ref_logps (B, 2): summed log-probs, in nats, of [chosen, rejected].
-    chosen_lengths (B,): tokens of the chosen response. baseline_logps (B,), not used in this file:
-    another response's, for SFT; chosen_lengths are then its (docs/changes/baseline.diff)."""
+    chosen_lengths (B,): tokens of the chosen response. baseline_logps (B,), unused in this file: of
+    what SFT imitates instead; chosen_lengths are then its lengths (docs/changes/baseline.diff)."""
     logratios = policy_logps - ref_logps  # (B, 2)
     rewards = beta * logratios
     h = logratios[:, 0] - logratios[:, 1]  # (B,)
@@ -152,15 +152,15 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
     return pair
 
 def load_pairs(path, tokenizer, *limits):
-    """The pairs of a JSON-lines file, limits as in tokenize_pair; prints what is dropped and why."""
-    def tokenize(line, number, program=Path(__file__).read_text()):  # program: only map's cache key
+    """The pairs of a JSON-lines file, limits: see tokenize_pair; prints what is dropped and why."""
+    def tokenize(line, number, program=Path(__file__).read_text()):  # unused: map hashes it
         try:
             pair = tokenize_pair(json.loads(line), tokenizer, *limits) if line.strip() else "blank line"
         except Exception as error:
             raise ValueError(f"{path} line {number + 1} is no UTF-8 prompt, chosen, rejected: {error!r}")
         return {"pair": json.dumps(pair)}  # a column holds one type: here text
 
-    # on all cores of this rank; `datasets` keeps the result until the file or this program changes
+    # on all cores; cached until file or program changes. A bad byte becomes \xNN: invalid JSON
     lines = load_dataset("text", data_files=escape(path), split="train", encoding_errors="backslashreplace")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     jobs = max(1, min(cores, len(lines) // 1000))
@@ -245,7 +245,7 @@ class PairLogps(torch.nn.Module):
             inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            # the transformer without its head: .model, else base_model (Llama 4's has the head)
+            # without the head: .model first, as Llama 4's base_model keeps it; else base_model
             body = getattr(self.model, "model", self.model.base_model)
             hidden = body(**inputs, use_cache=False)[0]  # (R, T, D)
 
@@ -257,10 +257,10 @@ class PairLogps(torch.nn.Module):
             scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)
             hidden = scale * hidden[row, column]  # (N, D)
 
-            # = cross_entropy(hidden @ weight.T, next ids). (N, V) is large: chunks cost time for memory
+            # = cross_entropy(hidden @ weight.T, next ids); chunks are slower, never all of (N, V)
             head = self.model.get_output_embeddings()  # weight (V, D), perhaps a bias (V,)
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(hidden) > 512 else None
-            nll = F.linear_cross_entropy(  # in chunks out of autocast's reach, hence .to
+            nll = F.linear_cross_entropy(  # autocast does not reach it in chunks: hence .to
                 hidden.to(self.dtype), head.weight.to(self.dtype), ids[row, column + 1],
                 linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
 
@@ -281,12 +281,12 @@ def load_model(path):
 @torch.no_grad()
 def can_share(model, pair):
     """Compares our log-probs with those of the model's plain forward: True, rows may share a prompt;
-    False, it does not obey mask and positions (Mamba, ALiBi, a window below prompt + response)."""
+    False, it ignores our mask or positions (Mamba, ALiBi), or the mask would undo its window."""
     prompt, *responses = pair.values()
     own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
     for n, response in enumerate(responses):
         ids = torch.tensor([prompt + response], device=model.device)  # (1, T)
-        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # a row for each response token
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (response tokens, V)
         own[n] = -F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
     for shared in (True, False):
         with suppress(Exception):  # models that know no mask of four dimensions fail as they like
@@ -405,7 +405,7 @@ def open_run(o):
     for name, value in states[0]["options"].items():
         if options[name] != value:
             raise ValueError(f"--resume, or rank 0: {name} was {value}, now it is {options[name]}")
-    return log, folder, state  # as this rank read them: all must see the same --out_dir
+    return log, folder, state  # each rank's own reading: a shared --out_dir is assumed
 
 def main(o):
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
@@ -435,7 +435,7 @@ def main(o):
     steps = len(batches)
     stop = min(steps, o.max_steps or steps)  # the schedule is planned on all steps
 
-    # the pair with the longest prompt + response, the first a window would cut (2 rows: twice that)
+    # the longest prompt + response, the first a window cuts; row_length(.., False) is twice that
     longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, False))
     # the reference: its log-probs are computed once, by the module that computes the policy's
     model = load_model(o.ref_model or o.model).to(device).requires_grad_(False)
@@ -458,7 +458,7 @@ def main(o):
             weight, _, key = name.rpartition(".")
             optimizer.state[model.get_parameter(weight)][key] = tensor
 
-    # rows after the checkpoint will be logged again; min: on ranks above 0 the log stays empty
+    # cut rows after the checkpoint, they come again; min: ranks above 0 hold an empty file
     log.truncate(min(log.tell(), state["log_size"]))
     def write_row(step, row):
         log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row, allow_nan=False) + "\n")
@@ -486,7 +486,7 @@ def run(argv=None):
     o = HfArgumentParser(groups, description="trains DPO + eta * SFT", allow_abbrev=False).parse_args(argv)
     try:
         main(o)
-        dist.destroy_process_group()  # DDP must be gone before, or this hangs: it went with main
+        dist.destroy_process_group()  # would hang while a DDP object lives: main's ended with main
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
