@@ -48,7 +48,7 @@ LINES = {
     "dpo-s0": ("DPO", "#D55E00", "-"),
     "dpo-s1": (None, "#D55E00", "--"),
     "rpo-0.1-s0": ("RPO, eta 0.1", "#0072B2", "-"),
-    "rpo-0.1-s1": (None, "#0072B2", "--"),
+    "rpo-0.1-s1": ("dashed: seed 1", "#0072B2", "--"),
     "rpo-0.02-s0": ("RPO, eta 0.02", "#56B4E9", ":"),
     "rpo-0.5-s0": ("RPO, eta 0.5", "#009E73", "-."),
     "rpo-mean-0.4-s0": ("RPO mean, eta 0.4", "#CC79A7", "-"),
@@ -128,10 +128,11 @@ def draw(path):
     """Held-out pairs but for one panel; a dashed line is a second order of the same pairs."""
     figure = Figure(figsize=(7.2, 6), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
+    minus_ref = "log-prob minus the reference's,\nnats,"
     panels = {
-        "eval/logps/chosen_vs_ref": "chosen log-prob minus the reference's,\nnats, held-out pairs",
-        "eval/logps/rejected_vs_ref": "the same of rejected responses",
-        "logps/chosen_vs_ref": "chosen, training pairs,\nmean of six steps",
+        "eval/logps/chosen_vs_ref": f"chosen {minus_ref} held-out pairs",
+        "eval/logps/rejected_vs_ref": f"rejected {minus_ref} held-out pairs",
+        "logps/chosen_vs_ref": f"chosen {minus_ref} training pairs, six steps a point",
         "eval/loss/dpo": "DPO's part of the loss,\nheld-out pairs",
     }
     for axis, (key, title) in zip(axes, panels.items()):
@@ -161,7 +162,7 @@ def answers(model, name, data):
     return json.loads(Path(out).read_text(encoding="utf-8"))
 
 
-HEAD = """SmolLM2-135M-Instruct at temperature 1, the same seed for all, at most 120 tokens. Written by
+HEAD = """SmolLM2-135M-Instruct at temperature 1, the same seed for all, at most 120 tokens, written by
 `docs/real.py`; nothing was chosen or corrected. [The runs](results.md#a-real-model).
 """
 
@@ -201,8 +202,8 @@ def train(model, data):
 
 
 def own_samples(models, data):
-    """KL of the policies' own samples, two to each of the first 40 held-out prompts."""
-    samples = ["--prompts", "40", "--max_new_tokens", "120", "--beta", "0.1"]
+    """KL of the policies' own samples, two to each of 20 prompts; the logs know the pairs."""
+    samples = ["--pairs", "1", "--prompts", "20", "--max_new_tokens", "120", "--beta", "0.1"]
     finals = [models[name] for name in RUNS]
     reference = models["reference"]
     run("eval.py", "prefs", "--model", *finals, "--ref_model", reference, "--data", data, *samples)
