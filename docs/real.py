@@ -162,7 +162,7 @@ def answers(model, name, data):
     return json.loads(Path(out).read_text(encoding="utf-8"))
 
 
-HEAD = """SmolLM2-135M-Instruct at temperature 1, the same seed for all, at most 120 tokens, written by
+HEAD = """SmolLM2-135M-Instruct at temperature 1, the same seed for all, at most 120 tokens, by
 `docs/real.py`; nothing was chosen or corrected. [The runs](results.md#a-real-model).
 """
 
