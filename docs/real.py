@@ -100,6 +100,11 @@ def pass_means(rows, key, pairs):
     return means
 
 
+def series(values, places):
+    """Numbers in a cell, a rounded -0 as 0."""
+    return ", ".join(f"{round(value, places) + 0.0:.{places}f}" for value in values)
+
+
 def print_tables(pairs):
     print("held-out pairs, at steps 0, 12, ... 72: log-prob minus the reference's, nats a response")
     print("| run | chosen | rejected | `loss/dpo` | accuracy at the end |")
@@ -108,7 +113,7 @@ def print_tables(pairs):
         _, rows = read_rows(name)
         cells = []
         for key, places in COLUMNS.items():
-            cells.append(", ".join(f"{row[f'eval/{key}']:.{places}f}" for row in rows))
+            cells.append(series([row[f"eval/{key}"] for row in rows], places))
         print(f"| {title} | {' | '.join(cells)} | {rows[-1]['eval/rewards/accuracies']:.2f} |")
 
     print("\ntraining pairs, mean over passes 1, 2 and 3")
@@ -118,8 +123,7 @@ def print_tables(pairs):
         rows, _ = read_rows(name)
         cells = []
         for key, places in COLUMNS.items():
-            means = pass_means(rows, key, pairs)
-            cells.append(", ".join(f"{mean:.{places}f}" for mean in means))
+            cells.append(series(pass_means(rows, key, pairs), places))
         accuracy = pass_means(rows, "rewards/accuracies", pairs)[-1]
         print(f"| {title} | {' | '.join(cells)} | {accuracy:.2f} |")
 
