@@ -1354,23 +1354,26 @@ def at_end(curve):
 def highest(curve):
     return max(curve.values())
 
+def print_over_runs(title, settings, columns):
+    """A row a setting; a column is (metric, its title, what to take of a curve)."""
+    table = []
+    for setting, seeds in settings.items():
+        line = [setting, len(seeds)]
+        for metric, _, value in columns:
+            line.append(over_runs([value(curves[metric]) for curves in seeds if metric in curves]))
+        table.append(line)
+    header = ["setting", "runs", *[column for _, column, _ in columns]]
+    print_table(f"{title}, mean±sd over runs", header, table)
+
 def print_ends(settings, known):
     """The last values of all curves, and gold's highest: on pairs, then on samples."""
-    pairs = {PREFIX["test"] + name: (title, at_end) for name, title in PAIR_METRICS.items()}
-    samples = {name: (title, at_end) for name, title in SAMPLE_METRICS.items()}
-    for kind, columns in (("pairs", pairs), ("samples", samples)):
-        columns = [(name, *how) for name, how in columns.items() if name in known]
-        if "gold" in known and kind == "samples":
-            columns.append(("gold", "best gold", highest))
-        table = []
-        for setting, seeds in settings.items():
-            line = [setting, len(seeds)]
-            for name, _, value in columns:
-                line.append(over_runs([value(curves[name]) for curves in seeds if name in curves]))
-            table.append(line)
-        title = f"{kind} at the end, mean±sd over runs; best: of all checkpoints"
+    pairs = [(PREFIX["test"] + name, title, at_end) for name, title in PAIR_METRICS.items()]
+    samples = [(name, title, at_end) for name, title in SAMPLE_METRICS.items()]
+    samples.append(("gold", "best gold", highest))
+    for title, columns in (("pairs at the end", pairs), ("samples at the end", samples)):
+        columns = [column for column in columns if column[0] in known]
         if columns:
-            print_table(title, ["setting", "runs", *[column for _, column, _ in columns]], table)
+            print_over_runs(title, settings, columns)
 
 def plot(o):
     """

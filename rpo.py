@@ -153,14 +153,14 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
 
 def load_pairs(path, tokenizer, *limits):
     """The pairs of a JSON-lines file, limits: see tokenize_pair; prints what is dropped and why."""
-    def tokenize(line, number, program=Path(__file__).read_text()):  # unused: map hashes it
+    def tokenize(line, number, program=Path(__file__).read_text()):  # program: unused, map hashes it
         try:
             pair = tokenize_pair(json.loads(line), tokenizer, *limits) if line.strip() else "blank line"
         except Exception as error:
             raise ValueError(f"{path} line {number + 1} is no UTF-8 prompt, chosen, rejected: {error!r}")
         return {"pair": json.dumps(pair)}  # a column holds one type: here text
 
-    # on all cores; cached until file or program changes. A bad byte becomes \xNN: invalid JSON
+    # on this rank's cores; cached until file or program changes. A bad byte becomes \xNN: no JSON
     lines = load_dataset("text", data_files=escape(path), split="train", encoding_errors="backslashreplace")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     jobs = max(1, min(cores, len(lines) // 1000))
@@ -184,7 +184,7 @@ def global_batches(n, batch_size, seed, epochs):
     """Indices of the pairs of each step; every rank draws the same permutation for each epoch."""
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed((seed << 20) + epoch)
-        yield from torch.randperm(n, generator=generator).split(batch_size)
+        yield from torch.randperm(n, generator=generator).split(batch_size)  # (B,) each
 
 def row_length(pair, shared):
     """Tokens of a pair as collate, below, lays it out: one row if shared, else 2 padded ones."""
@@ -365,8 +365,8 @@ def train_step(step, policy, optimizer, pairs, ref_logps, o, shared):
     tokens = sum(len(ids) for pair in pairs for ids in pair.values())
     row["tokens_per_second"] = tokens / (time.perf_counter() - start)
     # the GPU's; without one the process's, which Linux counts in KiB and macOS in bytes
-    process = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    row["peak_memory_gib"] = (torch.cuda.max_memory_allocated() or process) / 2**30
+    process_peak = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    row["peak_memory_gib"] = (torch.cuda.max_memory_allocated() or process_peak) / 2**30
     return row
 
 def evaluate(step, module, pairs, ref_logps, o, shared):
@@ -490,9 +490,9 @@ def run(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
-        kept = f"newest checkpoint, delete it if damaged: {newest_checkpoint(o.out_dir)}"
+        newest = f"newest checkpoint, delete it if damaged: {newest_checkpoint(o.out_dir)}"
         text = " ".join(f"{type(error).__name__} {error}".split())[:500]
-        tqdm.write(f"error: {text} (model {o.model}, data {o.data}; {kept})", file=sys.stderr)
+        tqdm.write(f"error: {text} (model {o.model}, data {o.data}; {newest})", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -105,27 +105,29 @@ def series(values, places):
     return ", ".join(f"{round(value, places) + 0.0:.{places}f}" for value in values)
 
 
-def print_tables(pairs):
-    print("held-out pairs, at steps 0, 12, ... 72: log-prob minus the reference's, nats a response")
+def print_table(title, curve):
+    """A row a run; curve(name, metric) -> the metric's values, of which accuracy shows the last."""
+    print(f"{title}; log-probs minus the reference's, nats a response")
     print("| run | chosen | rejected | `loss/dpo` | accuracy at the end |")
     print("|---|---|---|---|---|")
-    for name, (title, _) in RUNS.items():
-        _, rows = read_rows(name)
-        cells = []
-        for key, places in COLUMNS.items():
-            cells.append(series([row[f"eval/{key}"] for row in rows], places))
-        print(f"| {title} | {' | '.join(cells)} | {rows[-1]['eval/rewards/accuracies']:.2f} |")
+    for name, (run_title, _) in RUNS.items():
+        cells = [series(curve(name, metric), places) for metric, places in COLUMNS.items()]
+        accuracy = curve(name, "rewards/accuracies")[-1]
+        print(f"| {run_title} | {' | '.join(cells)} | {accuracy:.2f} |")
+    print()
 
-    print("\ntraining pairs, mean over passes 1, 2 and 3")
-    print("| run | chosen minus ref | rejected minus ref | `loss/dpo` | accuracy in pass 3 |")
-    print("|---|---|---|---|---|")
-    for name, (title, _) in RUNS.items():
+
+def print_tables(pairs):
+    def held_out(name, metric):
+        _, rows = read_rows(name)
+        return [row[f"eval/{metric}"] for row in rows]
+
+    def training(name, metric):
         rows, _ = read_rows(name)
-        cells = []
-        for key, places in COLUMNS.items():
-            cells.append(series(pass_means(rows, key, pairs), places))
-        accuracy = pass_means(rows, "rewards/accuracies", pairs)[-1]
-        print(f"| {title} | {' | '.join(cells)} | {accuracy:.2f} |")
+        return pass_means(rows, metric, pairs)
+
+    print_table("held-out pairs, at steps 0, 12, ... 72", held_out)
+    print_table("training pairs, means over passes 1, 2 and 3", training)
 
 
 def draw(path):
