@@ -229,7 +229,7 @@ def test_installation_is_shown():
     """What CI does in a fresh environment is what the README says."""
     commands = list(simple_commands(shell_text(ROOT / "README.md")))
     assert ["pip", "install", "-r", "requirements.txt"] in commands
-    assert ["python", "-m", "pytest"] in commands
+    assert ["python", "-m", "pytest", "-n", "2", "--dist", "loadfile"] in commands
 
 def tables_of_numbers(page):
     """(the text of its section up to its end, a table) of each table with ten numbers or more."""
