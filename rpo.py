@@ -1,13 +1,13 @@
 """RPO, Regularized Preference Optimization (Liu et al., NeurIPS 2024, arXiv 2405.16436), in one file.
 
 $ python prepare_data.py && python rpo.py                            # a toy world; --eta 0: DPO
-$ torchrun --nproc_per_node 8 rpo.py --model ...                     # on eight GPUs
+$ torchrun --nproc_per_node 8 rpo.py --model ...                     # on eight GPUs, a rank each
 
-RPO is DPO plus SFT on the chosen y_w, whose probability DPO lets fall. With prompt x, rejected y_l,
-    h = log(pi(y_w|x) / ref(y_w|x)) - log(pi(y_l|x) / ref(y_l|x))
-and the loss of one pair is
+RPO trains a policy pi from pairs: DPO plus SFT on the chosen response y_w, whose probability DPO
+lets fall. With a prompt x, a rejected response y_l and a frozen reference ref, a pair's loss is
     --sft sum    -log sigmoid(beta * h) - eta * beta * log pi(y_w|x)      (Algorithm 2)
     --sft mean   -log sigmoid(beta * h) - eta * log pi(y_w|x) / |y_w|     (averaged, no beta)
+    where h = log(pi(y_w|x) / ref(y_w|x)) - log(pi(y_l|x) / ref(y_l|x))
 One pair's way: 1) tokenize_pair  2) micro_batches  3) collate  4) PairLogps  5) rpo_loss"""
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from glob import escape
+from glob import escape  # load_dataset takes patterns
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Literal
@@ -37,10 +37,10 @@ from transformers.hf_argparser import HfArg
 
 @dataclass
 class TrainOptions:
-    _argument_group_name = "what decides the numbers: a resumed run must agree in it"
+    _argument_group_name = "what decides the numbers: a resumed run must agree in it"  # for --help
     model: str = HfArg(default="data/toy/model", help="policy at the start: folder or hub name")
     ref_model: str = HfArg(default="", help="reference; empty: --model as it is before training")
-    beta: float = HfArg(default=0.1, help="pull to the reference; 0, with --sft mean: SFT alone")
+    beta: float = HfArg(default=0.1, help="larger: closer to ref; 0, with --sft mean: SFT alone")
     eta: float = HfArg(default=0.5, help="weight of the SFT term; 0: DPO")
     sft: Literal["sum", "mean"] = HfArg(default="sum", help="form of the SFT term, see rpo_loss")
     batch_size: int = HfArg(default=16, help="pairs of an optimizer step, over all ranks")
@@ -56,11 +56,11 @@ class TrainOptions:
 
 @dataclass
 class RunOptions:
-    _argument_group_name = "the run: may change when it is resumed"
+    _argument_group_name = "the run: may change when it is resumed"  # for --help
     data: str = HfArg(default="data/toy", help="folder with train.jsonl and perhaps test.jsonl")
     out_dir: str = HfArg(default="out/toy-rpo", help="for metrics.jsonl and checkpoints")
     max_tokens: int = HfArg(default=8192, help="tokens of a rank's micro-batch: sets the memory")
-    max_steps: int = HfArg(default=0, help="stop after this step; rate as for all epochs; 0: no")
+    max_steps: int = HfArg(default=0, help="stop after this step of the full schedule; 0: run all")
     eval_every: int = HfArg(default=100, help="steps between evaluations; 0: none")
     save_every: int = HfArg(default=0, help="steps between checkpoints; 0: the last only")
     resume: bool = HfArg(default=False, help="continue from the newest checkpoint in --out_dir")
@@ -69,10 +69,10 @@ class RunOptions:
 def rpo_loss(policy_logps, ref_logps, chosen_lengths, *, beta, eta, sft="sum", baseline_logps=None):
     """5) The loss of each pair (B,), to be averaged over the global batch, and metrics {name: (B,)}.
     policy_logps, ref_logps (B, 2): summed log-probs, in nats, of [chosen, rejected].
-    chosen_lengths (B,): tokens of the chosen response. baseline_logps (B,), unused in this file: of
-    what SFT imitates instead; chosen_lengths are then its lengths (docs/changes/baseline.diff)."""
+    chosen_lengths (B,): tokens of the chosen response. baseline_logps (B,): of another response, for
+    SFT to imitate; chosen_lengths are then its tokens; unused here (docs/changes/baseline.diff)."""
     logratios = policy_logps - ref_logps  # (B, 2)
-    rewards = beta * logratios
+    rewards = beta * logratios  # DPO: the rewards, up to f(x), for which this policy is optimal
     h = logratios[:, 0] - logratios[:, 1]  # (B,)
     dpo_losses = -F.logsigmoid(beta * h)
 
@@ -111,10 +111,10 @@ def render(tokenizer, prompt, response=None):
         return prompt if response is None else prompt + response + tokenizer.eos_token
     if response is None:
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    # what the template writes after the end-of-turn token, often a newline, is not to be learnt
+    # two lists of messages; what the template writes after the end-of-turn token is not learnt
     text = tokenizer.apply_chat_template(prompt + response, tokenize=False).rstrip()
     special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    return text if text.endswith(special) else text + tokenizer.eos_token
+    return text if text.endswith(special) else text + tokenizer.eos_token  # if it writes none
 
 def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math.inf):
     """1) A record {"prompt", "chosen", "rejected"}, strings or lists of messages, -> the same keys,
@@ -130,19 +130,19 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
     # chat templates write their own BOS token, raw text gets the tokenizer's
     raw = isinstance(record["prompt"], str)
     ids = {key: tokenizer(text, add_special_tokens=raw).input_ids for key, text in texts.items()}
-    # the prompt is what all three begin with; a token across the seam goes to the response
+    # the prompt is what all three begin with; a token merged across its end is the response's
     n = len(os.path.commonprefix(list(ids.values())))  # which takes any lists
     prompt = ids.pop("prompt")[:n]
     if not prompt or prompt[:2] == [tokenizer.bos_token_id] * 2:
         return "empty prompt or two BOS tokens"
     if n > max_prompt_length:  # keep its end, and the BOS token that models lean on
-        keep = int(prompt[0] == tokenizer.bos_token_id)
-        prompt = prompt[:keep] + prompt[n - max_prompt_length + keep :]
+        bos = int(prompt[0] == tokenizer.bos_token_id)
+        prompt = prompt[:bos] + prompt[n - (max_prompt_length - bos) :]
 
     pair = {"prompt": prompt}
-    for side in ids:
+    for side in ids:  # chosen, rejected
         pair[side] = response = ids[side][n:]
-        if len(response) < 2:
+        if len(response) < 2:  # nothing before its end-of-turn token
             return "empty response"
         if response.count(response[-1]) > 1:
             return "end-of-turn token inside a response"
@@ -153,17 +153,17 @@ def tokenize_pair(record, tokenizer, max_length=math.inf, max_prompt_length=math
 
 def load_pairs(path, tokenizer, *limits):
     """The pairs of a JSON-lines file, limits: see tokenize_pair; prints what is dropped and why."""
-    def tokenize(line, number, program=Path(__file__).read_text()):  # program: unused, map hashes it
+    def tokenize(line, number, program=Path(__file__).read_text()):  # unused; map's cache hashes it
         try:
             pair = tokenize_pair(json.loads(line), tokenizer, *limits) if line.strip() else "blank line"
         except Exception as error:
             raise ValueError(f"{path} line {number + 1} is no UTF-8 prompt, chosen, rejected: {error!r}")
-        return {"pair": json.dumps(pair)}  # a column holds one type: here text
+        return {"pair": json.dumps(pair)}  # a pair or a reason: a column holds one type, here text
 
-    # on this rank's cores; cached until file or program changes. A bad byte becomes \xNN: no JSON
+    # on this rank's cores; cached until file, flags or program change; \xNN, a bad byte, is no JSON
     lines = load_dataset("text", data_files=escape(path), split="train", encoding_errors="backslashreplace")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    jobs = max(1, min(cores, len(lines) // 1000))
+    jobs = min(cores, len(lines) // 2000)  # 0: in this process
     rows = lines.map(tokenize, input_columns="text", with_indices=True, num_proc=jobs)
     results = [json.loads(text) for text in rows["pair"]]
     pairs = [result for result in results if isinstance(result, dict)]
@@ -183,36 +183,36 @@ def show_pair(pair, tokenizer):
 def global_batches(n, batch_size, seed, epochs):
     """Indices of the pairs of each step; every rank draws the same permutation for each epoch."""
     for epoch in range(epochs):
-        generator = torch.Generator().manual_seed((seed << 20) + epoch)
+        generator = torch.Generator().manual_seed((seed << 20) + epoch)  # seeds share no epoch
         yield from torch.randperm(n, generator=generator).split(batch_size)  # (B,) each
 
 def row_length(pair, shared):
-    """Tokens of a pair as collate, below, lays it out: one row if shared, else 2 padded ones."""
+    """Tokens of a pair's rows; prompt ab, responses cd, e: abcdbe if shared, else abcd and abe_."""
     prompt, *responses = [len(ids) for ids in pair.values()]
     one_row = prompt - 1 + len(responses) + sum(responses)
     return one_row if shared else len(responses) * (prompt + max(responses))
 
 def micro_batches(pairs, max_tokens, shared, rank=0, world_size=1):
-    """2) This rank's share of a batch, longest pairs first: lists of indices whose padded rows fit
-    max_tokens, each with its weight. A step's last backward pass waits for every rank (DDP), so
-    all yield equally often: a rank without a pair repeats another's, weight 0 (no gradient)."""
+    """2) This rank's share of a batch, longest pairs first: lists of indices, of as many pairs as
+    max_tokens holds (at least one), with a weight. Ranks average gradients in a step's last backward
+    pass (DDP), so each must have one: without a pair it runs another's, weight 0: gradient 0."""
     lengths = [row_length(pair, shared) for pair in pairs]
     rest = sorted(range(len(pairs)), key=lambda i: lengths[i], reverse=True)
     while rest:
-        size = max(1, max_tokens // lengths[rest[0]]) * world_size
+        size = max(1, max_tokens // lengths[rest[0]]) * world_size  # all padded to the longest
         group, rest = rest[:size], rest[size:]
         mine = group[rank::world_size]
         yield (mine, 1.0) if mine else (group[:1], 0.0)
 
 def collate(pairs, shared=True, device="cpu"):
     """3) B pairs -> R padded rows of T tokens: each a prompt and its responses, or, where a model
-    cannot share the prompt, a prompt and one response. Each response starts with a copy of the
+    cannot share the prompt, a prompt and one response. Each response follows its own copy of the
     prompt's last token, which predicts its first. Prompt ab with responses cd and e: input_ids
     a b c d b e, position_ids 0 1 2 3 1 2, branch 0 1 1 1 2 2 (prompt 0, padding -1), all (R, T)."""
     if not shared:
         pairs = [{"prompt": p["prompt"], side: p[side]} for p in pairs for side in list(p)[1:]]
     rows, number = [], 0
-    for prompt, *responses in map(dict.values, pairs):
+    for prompt, *responses in map(dict.values, pairs):  # in the order of tokenize_pair
         start = len(prompt) - 1
         ids, position, branch = prompt[:-1], list(range(start)), [0] * start
         for response in responses:
@@ -226,7 +226,7 @@ def collate(pairs, shared=True, device="cpu"):
     for name in rows[0]:
         column = [torch.tensor(row[name]) for row in rows]
         fill = -1 if name == "branch" else 0  # padding is masked: any token will do
-        batch[name] = torch.nn.utils.rnn.pad_sequence(column, True, fill).to(device)
+        batch[name] = torch.nn.utils.rnn.pad_sequence(column, True, fill).to(device)  # True: (R, T)
     return batch
 
 class PairLogps(torch.nn.Module):
@@ -239,32 +239,32 @@ class PairLogps(torch.nn.Module):
         ids, branch = batch["input_ids"], batch["branch"]  # (R, T) each
         inputs = {"input_ids": ids, "attention_mask": (branch >= 0).long()}
         if batch["shared"]:
-            # a token sees what stands before it in its prompt and in its own response
+            # a token sees itself and what stands before it in its prompt and in its own response
             query, key = branch[:, :, None], branch[:, None, :]
             mask = ((key == 0) | (key == query)).tril().unsqueeze(1)  # (R, 1, T, T)
             inputs |= {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            # without the head: .model first, as Llama 4's base_model keeps it; else base_model
+            # the layers below the head: .model, else base_model (Llama 4's base_model has the head)
             body = getattr(self.model, "model", self.model.base_model)
             hidden = body(**inputs, use_cache=False)[0]  # (R, T, D)
 
             # score positions whose next token is in their response: in collate's example b c and b
             scored = (branch[:, 1:] > 0) & (branch[:, 1:] == branch[:, :-1])  # (R, T - 1)
             row, column = scored.nonzero(as_tuple=True)  # (N,) each
-            # Cohere multiplies its logits by a number, Granite divides them by one
+            # Cohere multiplies its logits by a number (or None), Granite divides them by one
             config = self.model.config.get_text_config()
             scale = (getattr(config, "logit_scale", None) or 1) / getattr(config, "logits_scaling", 1)
             hidden = scale * hidden[row, column]  # (N, D)
 
-            # = cross_entropy(hidden @ weight.T, next ids); chunks are slower, never all of (N, V)
+            # = cross_entropy(hidden @ weight.T, next ids); in chunks slower, never all of (N, V)
             head = self.model.get_output_embeddings()  # weight (V, D), perhaps a bias (V,)
             chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512) if len(hidden) > 512 else None
-            nll = F.linear_cross_entropy(  # autocast does not reach it in chunks: hence .to
+            nll = F.linear_cross_entropy(  # chunks escape autocast, hence .to; nll gets that dtype
                 hidden.to(self.dtype), head.weight.to(self.dtype), ids[row, column + 1],
                 linear_bias=getattr(head, "bias", None), reduction="none", options=chunks)  # (N,)
 
-        # the sum over each response's tokens, in float64; slot 0 is the prompts', and stays empty
+        # sums by branch, in float64: 0, of prompts, is empty; 1, 2: the first pair's responses ...
         logps = torch.zeros(branch.max() + 1, dtype=torch.float64, device=nll.device)
         return logps.index_add(0, branch[row, column], -nll.double())[1:].view(-1, 2)
 
@@ -281,7 +281,7 @@ def load_model(path):
 @torch.no_grad()
 def can_share(model, pair):
     """Compares our log-probs with those of the model's plain forward: True, rows may share a prompt;
-    False, it ignores our mask or positions (Mamba, ALiBi), or the mask would undo its window."""
+    False, it ignores our mask or positions (Mamba, ALiBi), or the mask undoes a sliding window."""
     prompt, *responses = pair.values()
     own = torch.zeros(len(responses), dtype=torch.float64, device=model.device)
     for n, response in enumerate(responses):
@@ -294,7 +294,7 @@ def can_share(model, pair):
             if torch.allclose(logps, own, rtol=1e-5, atol=1e-4):
                 return shared
     raise ValueError(f"the rows do not give the model's own log-probs {own}. "
-                     "nan: broken weights; a soft cap on logits: apply docs/changes/soft_cap.diff")
+                     "nan: broken weights; else perhaps a soft cap: apply docs/changes/soft_cap.diff")
 
 @torch.no_grad()
 def score(module, pairs, max_tokens, shared, rank=0, world_size=1):
@@ -317,17 +317,17 @@ def save_checkpoint(path, model, optimizer, tokenizer, state):
                    for key, tensor in optimizer.state[weight].items()}
         save_file(moments, aside / "optimizer.safetensors")
         (aside / "trainer_state.json").write_text(json.dumps(state))
-        for file in aside.glob("*.safetensors"):  # else readable by their owner alone
+        for file in aside.glob("*.safetensors"):  # written as private: give them the json's mode
             shutil.copymode(aside / "trainer_state.json", file)
         os.sync()
         os.rename(aside, path)  # killed at any moment, there is no half checkpoint
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
-def newest_checkpoint(out_dir):  # the final one, else that of the last step, else None
+def newest_checkpoint(out_dir):  # final, else the last step's (no .tmp), else None
     return [None, *sorted(Path(out_dir).glob("step_*[0-9]")), *Path(out_dir).glob("final")][-1]
 
-def learning_rate(step, steps, o):
+def learning_rate(step, steps, o):  # o, here and below: all options
     """Of step 1, 2, ...: a linear warm-up, then a cosine that would reach 0 after the last step."""
     warmup_steps = math.ceil(o.warmup_ratio * steps)
     if step <= warmup_steps:
@@ -356,7 +356,7 @@ def train_step(step, policy, optimizer, pairs, ref_logps, o, shared):
         sums += weight * torch.stack([values.sum() for values in metrics.values()])
 
     dist.all_reduce(sums)
-    row = dict(zip(metrics, (sums / len(pairs)).tolist()))
+    row = dict(zip(metrics, (sums / len(pairs)).tolist()))  # of metrics the names alone
     row["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.grad_clip).item()
     if not math.isfinite(row["loss"] + row["grad_norm"]):
         raise ValueError(f"no step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}")
@@ -405,7 +405,7 @@ def open_run(o):
     for name, value in states[0]["options"].items():
         if options[name] != value:
             raise ValueError(f"--resume, or rank 0: {name} was {value}, now it is {options[name]}")
-    return log, folder, state  # each rank's own reading: a shared --out_dir is assumed
+    return log, folder, state  # each rank reads folder itself: all must see the same --out_dir
 
 def main(o):
     if o.beta == 0 and (o.sft == "sum" or o.eta == 0):
@@ -418,7 +418,7 @@ def main(o):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    # NCCL on GPUs, else gloo; without torchrun this is a world of one process
+    # ranks talk through NCCL on GPUs, else gloo; without torchrun this is a world of one process
     alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
     dist.init_process_group(**alone)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -435,9 +435,9 @@ def main(o):
     steps = len(batches)
     stop = min(steps, o.max_steps or steps)  # the schedule is planned on all steps
 
-    # the longest prompt + response, the first a window cuts; row_length(.., False) is twice that
+    # the pair to try can_share on: a sliding window cuts the longest prompt + response first
     longest = max(sum(pairs.values(), []), key=lambda pair: row_length(pair, False))
-    # the reference: its log-probs are computed once, by the module that computes the policy's
+    # the reference: its log-probs are computed once, by the code that computes the policy's
     model = load_model(o.ref_model or o.model).to(device).requires_grad_(False)
     shared = can_share(model, longest)
     module = PairLogps(model, getattr(torch, o.dtype))
@@ -450,15 +450,15 @@ def main(o):
     if o.gradient_checkpointing:
         model.activation_checkpointing_enable()  # transformers' newer name of it
     module = policy = PairLogps(model, getattr(torch, o.dtype))
-    if world_size > 1:  # the module in DDP; unused: a MoE expert may get no token in a step
+    if world_size > 1:  # find_unused: an expert of a mixture may get no token in a step
         policy = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=o.weight_decay, fused=True)
     if folder:
         for name, tensor in load_file(folder / "optimizer.safetensors", str(device)).items():
-            weight, _, key = name.rpartition(".")
-            optimizer.state[model.get_parameter(weight)][key] = tensor
+            parameter, _, key = name.rpartition(".")  # as save_checkpoint named it
+            optimizer.state[model.get_parameter(parameter)][key] = tensor
 
-    # cut rows after the checkpoint, they come again; min: ranks above 0 hold an empty file
+    # cut rows after the checkpoint, they come again; min: never lengthen a file
     log.truncate(min(log.tell(), state["log_size"]))
     def write_row(step, row):
         log.write(json.dumps({"step": step, "epoch": step * o.epochs / steps} | row, allow_nan=False) + "\n")
@@ -467,12 +467,12 @@ def main(o):
         # step 0 makes no update: it is the policy before training
         if step > 0:
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, o)
-            batch = batches[step - 1]
-            some, ref = [pairs["train"][i] for i in batch], ref_logps["train"][batch]
-            write_row(step, {"lr": lr} | train_step(step, policy, optimizer, some, ref, o, shared))
+            indices = batches[step - 1]
+            batch, ref = [pairs["train"][i] for i in indices], ref_logps["train"][indices]
+            write_row(step, {"lr": lr} | train_step(step, policy, optimizer, batch, ref, o, shared))
 
         last = step == stop
-        if "test" in pairs and (last or step % o.eval_every == 0):
+        if "test" in pairs and (last or step % o.eval_every == 0):  # no "test" if eval_every is 0
             write_row(step, evaluate(step, module, pairs["test"], ref_logps["test"], o, shared))
         if rank == 0 and step > 0 and (last or (o.save_every and step % o.save_every == 0)):
             # a run that --max_steps stopped early can go on: its last checkpoint is not final
@@ -481,12 +481,12 @@ def main(o):
             save_checkpoint(path, model, optimizer, tokenizer, state)
 
 def run(argv=None):
-    """Whatever goes wrong ends here, in one line; RPO_TRACEBACK=1 shows where it was raised."""
+    """What main raises ends here, in one line; RPO_TRACEBACK=1 shows where it was raised."""
     groups = [TrainOptions, RunOptions]
     o = HfArgumentParser(groups, description="trains DPO + eta * SFT", allow_abbrev=False).parse_args(argv)
     try:
         main(o)
-        dist.destroy_process_group()  # would hang while a DDP object lives: main's ended with main
+        dist.destroy_process_group()  # not in main, whose DDP object must be gone: else a hang
     except (Exception, KeyboardInterrupt) as error:
         if "RPO_TRACEBACK" in os.environ:
             raise
