@@ -226,7 +226,7 @@ def collate(pairs, shared=True, device="cpu"):
     for name in rows[0]:
         column = [torch.tensor(row[name]) for row in rows]
         fill = -1 if name == "branch" else 0  # padding is masked: any token will do
-        batch[name] = torch.nn.utils.rnn.pad_sequence(column, True, fill).to(device)  # True: (R, T)
+        batch[name] = torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=fill).to(device)
     return batch
 
 class PairLogps(torch.nn.Module):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import runpy
+from pathlib import Path
 
 import datasets
 import pytest
@@ -410,11 +411,36 @@ def test_a_line_ends_at_a_line_feed_alone(tokenizer, tmp_path):
     (pair,) = rpo.load_pairs(path, tokenizer)
     assert pair == rpo.tokenize_pair(record, tokenizer)
 
+def processes_used(tokenizer, path, monkeypatch, lines, cores):
+    """The processes that load_pairs calls tokenize_pair in; each line holds the same pair."""
+    def tokenize_pair(record, *rest):
+        with open(f"{path}.pids", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return pair
+
+    pair = rpo.tokenize_pair(record_of("w8 ", "w10", "w9"), tokenizer)
+    monkeypatch.setattr(rpo, "tokenize_pair", tokenize_pair)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    path.write_text("{}\n" * lines)
+    rpo.load_pairs(path, tokenizer)
+    return set(Path(f"{path}.pids").read_text().split())
+
+def test_few_pairs_are_tokenized_in_this_process(tokenizer, tmp_path, monkeypatch):
+    """A fork takes longer than a few pairs do, and one beside live threads can die."""
+    used = processes_used(tokenizer, tmp_path / "train.jsonl", monkeypatch, lines=1999, cores=2)
+    assert used == {str(os.getpid())}
+
+def test_many_pairs_are_shared_by_this_ranks_cores(tokenizer, tmp_path, monkeypatch):
+    """Two thousand lines are worth a process; two ranks of a machine with four cores have two each."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    used = processes_used(tokenizer, tmp_path / "train.jsonl", monkeypatch, lines=8000, cores=4)
+    assert len(used) == 2 and str(os.getpid()) not in used
+
 def test_several_processes_tokenize_in_the_files_order(tokenizer, tmp_path, monkeypatch):
-    """A thousand lines are worth a process of their own; two share 2,000."""
+    """Whoever tokenizes which share: the pairs come as the lines do."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     path = tmp_path / "train.jsonl"
-    words = [f"w{10 + i % 37} w{10 + i // 37 % 37} " for i in range(2000)]
+    words = [f"w{10 + i % 37} w{10 + i // 37 % 37} " for i in range(4000)]
     write_jsonl(path, [record_of("w8 ", text, text + "w9") for text in words])
     pairs = rpo.load_pairs(path, tokenizer)
     assert [pair["chosen"] for pair in pairs] == [ids_of(tokenizer, text) + [2] for text in words]
@@ -423,10 +449,10 @@ def test_the_line_of_a_fault_is_named_by_several_processes(tokenizer, tmp_path, 
     """Counted over the whole file, not within a process's share."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     path = tmp_path / "train.jsonl"
-    lines = [json.dumps(record_of("w8 ", "w10", "w9"))] * 2000
-    lines[1500] = "{"
+    lines = [json.dumps(record_of("w8 ", "w10", "w9"))] * 4000
+    lines[3000] = "{"
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="train.jsonl line 1501 "):
+    with pytest.raises(ValueError, match="train.jsonl line 3001 "):
         rpo.load_pairs(path, tokenizer)
 
 # ------------------------------------------------------------------------------------------------
