@@ -469,10 +469,14 @@ def load_score(o):
         raise ValueError(f"--judge {o.judge} is none of gold, reward:HF_MODEL, chat:http://...")
     tokenizer = load_tokenizer(path)
     dtype = getattr(torch, o.dtype)
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=dtype, output_loading_info=True)
     if model.config.num_labels != 1 or not tokenizer.chat_template:
         labels = model.config.num_labels
         raise ValueError(f"{path} is no reward model: {labels} outputs, not 1, or no template")
+    # transformers draws what is missing at random
+    if report["missing_keys"]:
+        raise ValueError(f"{path} lacks weights: {report['missing_keys']}")
     return partial(reward_score, model.eval().to(DEVICE), tokenizer)
 
 def gold_score(answer):
@@ -646,19 +650,22 @@ def own_samples(policy, reference, prompts, o):
     return found
 
 def read_state(folder):
-    """The trainer's state beside a checkpoint, or None."""
+    """Our trainer's state beside a checkpoint, or None."""
     file = Path(folder, "trainer_state.json")
     if not file.exists():
         return None
     state = parse_json(file, file.read_text(encoding="utf-8"))
+    # transformers' Trainer writes a file of the same name, about other things
+    if isinstance(state, dict) and "global_step" in state:
+        return None
     if not isinstance(state, dict) or not {"step", "options"} <= state.keys():
         raise ValueError(f"{file} is damaged: remove the folder {folder}")
     return state
 
 def checkpoints(path, ref_model):
     """
-    [(model path, step, trainer options)] of a run folder, by step and beginning with step 0, which
-    is the reference; of any other model the one entry, whose step may be None.
+    [(model path, step, trainer options)] of a run folder, by step and beginning with step 0, the
+    model that the run began with; of any other model the one entry, whose step may be None.
     """
     found = {}
     # where two are of one step the later counts, the final one
@@ -669,7 +676,10 @@ def checkpoints(path, ref_model):
         elif os.path.isdir(folder):
             print(f"{folder} is left out: it has no trainer_state.json")
     if found:
-        found.setdefault(0, (ref_model, 0, found[min(found)][2]))
+        options = found[min(found)][2]
+        start = options.get("model", ref_model)
+        # where the run was moved away from its first model, that is taken to be the reference
+        found.setdefault(0, (start if os.path.exists(start) else ref_model, 0, options))
         return [found[step] for step in sorted(found)]
     if os.path.exists(f"{path}/metrics.jsonl"):
         raise ValueError(f"{path} has no checkpoint: a run writes one at its end or --save_every N")
@@ -693,6 +703,8 @@ def measure_pairs(policy, pairs, ref_logps, beta, o):
     logps = log_probs(*policy, pairs, o.dtype)  # (N, 2)
     if not logps.isfinite().all():
         raise ValueError("some log-probs of the pairs are nan or inf")
+    # raises where these are not the model's own log-probs, as with a soft cap on its logits
+    rpo.can_share(policy[0], pairs[0])
     _, metrics = rpo.rpo_loss(logps, ref_logps, lengths, beta=beta, eta=0)
     groups = length_groups(lengths) | {"all": lengths > 0}
     parts = {}
@@ -970,7 +982,7 @@ def load_outputs(path):
             question += 1
         elif answers.get((question, number - 1), {}).get("prompt") != prompt:
             raise ValueError(f"{where}: sample {number} must follow {number - 1} of its prompt")
-        answer = dict(prompt=prompt, text=row["output"], error=str(row.get("error", "")))
+        answer = dict(prompt=prompt, text=row["output"], error=str(row.get("error") or ""))
         answer["ended"] = row.get("ended", True) is True
         answers[question, number] = answer
         names.add(row["generator"])
@@ -1131,8 +1143,10 @@ def winrate(o):
         characters[name] = f"{mean:.0f}"
     print_win_rates(rows, names, characters)
     if all(lacks_verdict(row) for row in rows):
-        game = "g1" if rows[0]["g1_winner"] == "error" else "g2"
-        words = shortened(str(rows[0].get(f"{game}_judgment") or "nothing"))
+        # of one game alone the other's winner is a copy
+        failed = [game for game in ("g1", "g2") if rows[0][f"{game}_winner"] == "error"]
+        judgments = [rows[0].get(f"{game}_judgment") for game in failed]
+        words = shortened(str(next(filter(None, judgments), "nothing")))
         raise ValueError(f"no row has its verdicts; the judge of the first says {words!r}")
 
 # ------------------------------------------------------------------------------------------------
@@ -1282,6 +1296,8 @@ def load_curves(run):
             for metric, value in row.items():
                 if isinstance(value, (int, float)):
                     curves.setdefault(metric, {})[row["step"]] = value
+    if not curves:
+        raise ValueError(f"{run} is no folder of a run: it holds no row of metrics.jsonl")
     return curves
 
 def group_runs(runs):
@@ -1480,7 +1496,7 @@ def add_prefs(commands):
     parser = new_command(commands, prefs)
     add = parser.add_argument_group("what to measure").add_argument
     add("--model", nargs="+", required=True,
-        help="models, or run folders: all checkpoints of a run, and step 0, the reference")
+        help="models, or run folders: all checkpoints of a run, and step 0, what it began with")
     add("--ref_model", required=True, help="the reference: a Hugging Face folder or hub name")
     add("--data", required=True, help="folder with test.jsonl, and train.jsonl for --split train")
     add("--split", choices=("test", "train"), default="test",

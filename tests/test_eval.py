@@ -22,9 +22,12 @@ import numpy as np
 import openai._base_client
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -168,6 +171,31 @@ def test_a_checkpoint_without_a_state_is_left_out_and_that_is_said(toy, tmp_path
     found = evaluation.checkpoints(str(tmp_path / "run"), "the reference")
     assert [step for _, step, _ in found] == [0, 10]
     assert "step_000005 is left out" in capsys.readouterr().out
+
+def test_step_0_is_the_model_that_the_run_began_with(toy, tmp_path):
+    """Of a later online round this is no longer the reference."""
+    shutil.copytree(toy / "model", tmp_path / "run/final")
+    for start, found in ((toy / "policy", toy / "policy"), ("moved/away", "the reference")):
+        state = dict(step=4, options=dict(model=str(start)))
+        (tmp_path / "run/final/trainer_state.json").write_text(json.dumps(state))
+        first, _ = evaluation.checkpoints(str(tmp_path / "run"), "the reference")
+        assert first == (str(found), 0, state["options"])
+
+def test_a_checkpoint_of_transformers_trainer_is_a_model_like_any_other(toy, tmp_path):
+    """Its trainer_state.json is about other things."""
+    model = shutil.copytree(toy / "model", tmp_path / "checkpoint-500")
+    (model / "trainer_state.json").write_text('{"global_step": 500, "log_history": []}')
+    assert evaluation.checkpoints(str(model), "the reference") == [(str(model), None, {})]
+
+def test_a_model_with_a_soft_cap_is_refused(toy, tokenizer, tmp_path):
+    """Its log-probs would be those of other logits."""
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    more = dict(num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.7)
+    config = Gemma2Config(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **more)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "capped")
+    tokenizer.save_pretrained(tmp_path / "capped")
+    flags = "--ref_model", toy / "model", "--data", toy
+    assert "soft_cap.diff" in refused("prefs", "--model", tmp_path / "capped", *flags)
 
 def test_an_untouched_policy_has_margin_0_accuracy_half_and_no_kl(measured):
     rows, _ = measured
@@ -648,6 +676,15 @@ def reward_model(toy, tokenizer, tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+def test_a_reward_model_without_its_head_is_refused(reward_model, three, tmp_path):
+    """transformers would draw the head at random, and judge by it."""
+    headless = shutil.copytree(reward_model, tmp_path / "headless")
+    weights = load_file(headless / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    said = refused("winrate", *three[:2], "--judge", f"reward:{headless}")
+    assert "headless lacks weights" in said and "score.weight" in said
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_reward_model_judges_the_conversation_in_its_template(
@@ -1333,6 +1370,9 @@ FAULTS = [
     ("a model null", GAME.replace('"b"', "null"), COUNT, "model_2 is no text but None"),
     ("self-play", GAME.replace('"b"', '"a"'), COUNT, "a plays against itself"),
     ("errors alone", GAME.replace('"tie"', '"error"'), COUNT, "says 'nothing'"),
+    ("errors alone, the second game's",
+     GAME.replace('"tie"', '"error"').replace("}", ', "g2_judgment": "I pass"}'),
+     COUNT, "says 'I pass'"),
     ("generator is a list", LINE.replace('"a"', '["a"]'), f"{PLAY} gold", "generator is no text"),
     ("sample is a list", TWO.replace("0", "[]"), f"{PLAY} gold", "sample is no number but '[]'"),
     ("output is a number", LINE.replace('"x"', "4"), f"{PLAY} gold", "output is no text but '4'"),
@@ -1368,7 +1408,8 @@ FAULTS = [
     ),
     ("label: a failing server", TWO, "label p.jsonl --judge SERVER --out new", "HTTP 404"),
     ("label: coin and chat", TWO, "label p.jsonl --judge SERVER --coin --out new", "--coin needs"),
-    ("plot: no run", LINE, "plot BROKEN/none --out f.png", "no run has eval/logps/chosen_vs_ref"),
+    ("plot: no run", LINE, "plot BROKEN/none --out f.png", "none is no folder of a run"),
+    ("plot: one run of two", LINE, "plot TOY/run BROKEN/none --out f.png", "none is no folder of a run"),
     ("plot: no such kind", LINE, "plot TOY/run --out f.bmp", "is no .png, .pdf or .svg"),
     ("plot: out below a file", LINE, "plot TOY/run --out BROKEN/afile/f.png", "cannot be written"),
 ]
