@@ -104,17 +104,24 @@ def to_messages(turns):
 
 def unpack(text):
     """A cell of a csv file may hold messages as JSON -> messages. Any other text stays a text."""
-    # Python's own spelling of a list of messages cannot be read back reliably.
+    # What str() makes of a list of messages, as pandas writes it, is not JSON: the row is dropped.
     key = r"'(role|from|content|value)': "
     if re.match(rf"\s*\[\{{{key}.*{key}", text):
         raise ValueError(MALFORMED)
 
-    if not text.lstrip().startswith("[{"):
+    if not re.match(r"\s*\[\s*\{", text):
         return text
     try:
-        return to_messages(json.loads(text))
+        turns = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    # Other JSON, such as an answer asked for as JSON, is a text. An unknown role is a fault.
+    for turn in turns:
+        if not isinstance(turn, dict):
+            return text
+        if not {"role", "content"} <= turn.keys() and not {"from", "value"} <= turn.keys():
+            return text
+    return to_messages(turns)
 
 def read_cell(row, column):
     """-> a text, a list of turns, or None where the row has none; ValueError for anything else."""
@@ -373,7 +380,7 @@ def read_csv(text, path):
     line = 1
     try:
         # Columns without a name may be several; they go.
-        names = [name for name in reader.fieldnames if name]
+        names = [name for name in reader.fieldnames or [] if name]
         line = reader.line_num + 1
         if len(set(names)) < len(names):
             raise ValueError(f"{path}: two columns have one name: {', '.join(names)}")
@@ -424,8 +431,8 @@ def choose_files(folder):
     # The hub's own names count, such as train_prefs-00000-of-00001.parquet; train_sft has no pairs.
     names = sorted(name for name in os.listdir(folder) if has_known_format(name))
     rest_of_name = r"(_prefs)?(-\d+-of-\d+[^.]*)?\."
-    train = [name for name in names if re.match("train" + rest_of_name, name)]
-    test = [name for name in names if re.match("test" + rest_of_name, name)]
+    train = [name for name in names if re.match("train" + rest_of_name, name, re.IGNORECASE)]
+    test = [name for name in names if re.match("test" + rest_of_name, name, re.IGNORECASE)]
     others = [name for name in names if name not in train + test]
     if train:
         return train, test, others
@@ -434,8 +441,8 @@ def choose_files(folder):
     if not others:
         kind = "train file" if test else "file"
         raise ValueError(f"{folder}: no {kind} that ends in {', '.join(FORMATS)}, plain or .gz")
-    held_out_name = r"(^|[-_.])(test|valid|validation|eval|dev)[-_.]"
-    if len(others) > 1 and any(re.search(held_out_name, name) for name in others):
+    held_out_name = r"(^|[-_.])(test|val|valid|validation|eval|dev)[-_.]"
+    if len(others) > 1 and any(re.search(held_out_name, name.lower()) for name in others):
         raise ValueError(
             f"{folder}: which of {', '.join(names)} is to train on? "
             "name that one train, another test"
@@ -679,9 +686,10 @@ def add_baseline(records, answers):
 
 def fill_baseline(folder, path, out):
     """
-    Copies the data folder `folder` to `out`, with the answers in `path` as baselines: what the SFT
-    term then imitates in place of the chosen responses. Every training pair needs an answer; test
-    pairs without one stay as they are. Returns meta (dict) and the training records.
+    Copies the pairs of the data folder `folder` to `out`, with the answers in `path` as baselines:
+    what the SFT term of docs/changes/baseline.diff imitates in place of the chosen responses. Every
+    training pair needs an answer; test pairs without one stay as they are. Returns meta (dict) and
+    the training records.
     """
     if not os.path.exists(f"{folder}/train.jsonl"):
         raise ValueError(
@@ -1080,8 +1088,9 @@ def parse_options(argv=None):
         f"{', '.join(FORMATS)}, each also .gz (default: toy)")
     add("--out", metavar="FOLDER", help="folder to write (default: data/ and the source's name)")
     add("--baseline", metavar="FILE",
-        help="copy the data folder SOURCE to --out, with the answers of this file, which "
-        "eval.py generate wrote, as the baselines that the SFT term imitates (default: none)")
+        help="copy the pairs of the data folder SOURCE to --out, with the answers of this file, "
+        "which eval.py generate wrote, as baselines, which the SFT term imitates after git apply "
+        "docs/changes/baseline.diff (default: none)")
 
     add = parser.add_argument_group("pairs").add_argument
     add("--limit", type=int, metavar="PAIRS",
@@ -1147,6 +1156,8 @@ def choose_out(source, out=None):
         other = str(read_meta(out).get("source", "something else"))
         if other != source and os.path.realpath(other) != os.path.realpath(source):
             raise ValueError(f"{out} holds what was made of {other}: name a folder with --out")
+    elif chosen_here and os.path.exists(f"{out}/train.jsonl"):
+        raise ValueError(f"{out} holds pairs of somebody else (no meta.json): give --out")
 
     check_writable(out)
     return out

@@ -252,6 +252,7 @@ KEPT = [
      {"prompt": "q", "chosen": "[{a: 1}]", "rejected": "[1]"}),
     ("an answer in JSON", {**TEXTS, "chosen": '[{"role": "admin"}]'},
      {**TEXTS, "chosen": '[{"role": "admin"}]'}),
+    ("messages as indented JSON", {**PLAIN, "prompt": json.dumps([user("q")], indent=1)}, PLAIN),
     ("an answer that begins in JSON", {**TEXTS, "chosen": '{"content": "x"}\nYes'},
      {**TEXTS, "chosen": '{"content": "x"}\nYes'}),
 
@@ -357,6 +358,7 @@ DROPPED = [
     ("two answers", {**PLAIN, "chosen": [assistant("good"), assistant("better")]}, MALFORMED),
     ("an answer by the user", {**PLAIN, "chosen": [user("good")]}, MALFORMED),
     ("an unknown role", {**PLAIN, "prompt": [{"role": "tool", "content": "q"}]}, MALFORMED),
+    ("an unknown role, as JSON", {**PLAIN, "prompt": '[{"role": "tool", "content": "q"}]'}, MALFORMED),
     ("no content", {**PLAIN, "prompt": [{"role": "user", "content": None}]}, MALFORMED),
     ("an image", {**PLAIN, "prompt": [{"role": "user", "content": [{"type": "image"}]}]},
      MALFORMED),
@@ -497,6 +499,13 @@ def test_test_size_limits_a_source_s_own_test_split(folder):
     assert len(train) == 6
     assert len(test) == 2 and all(record in map(pair, range(100, 105)) for record in test)
 
+def test_the_case_of_a_file_s_name_does_not_matter(folder):
+    """Else both were trained on, and nothing were held out."""
+    put("mine/Train.jsonl", jsonl(map(pair, range(6))))
+    put("mine/Test.jsonl", jsonl(map(pair, range(100, 104))))
+    assert prepare("mine")[1] == [pair(i) for i in range(6)]
+    assert read("out/test.jsonl") == [pair(i) for i in range(100, 104)]
+
 def test_files_that_are_not_read_are_named(folder, capsys):
     put("mine/train.jsonl", jsonl([pair(0)]))
     put("mine/train_sft.jsonl", jsonl([{"messages": []}]))
@@ -597,6 +606,15 @@ def test_the_folder_is_named_after_the_source(folder):
     prepare_data.run(["mine.jsonl.gz"])
     prepare_data.run(["./mine.jsonl.gz"])  # the same source may be prepared again
     assert read("data/mine/train.jsonl") == [pair(0)]
+
+def test_pairs_of_somebody_else_are_not_overwritten_unasked(folder, capsys):
+    """A folder without meta.json was not written here."""
+    put("data/mine/train.jsonl", jsonl([pair(1)]))
+    put("mine.jsonl", jsonl([pair(0)]))
+    with pytest.raises(SystemExit):
+        prepare_data.run(["mine.jsonl"])
+    assert "data/mine holds pairs of somebody else" in capsys.readouterr().err
+    assert read("data/mine/train.jsonl") == [pair(1)]
 
 def test_the_current_folder_as_source_is_called_by_its_name(folder, monkeypatch):
     put("here/train.jsonl", jsonl([pair(0)]))
