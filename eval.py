@@ -604,12 +604,19 @@ def resamples(n):
     return np.random.default_rng(0).integers(n, size=(2000, n))
 
 def log_probs(model, tokenizer, pairs, dtype):
-    """Summed log-probs (N, 2) of [chosen, rejected] in nats, by the code that trains."""
+    """
+    Summed log-probs (N, 2) of [chosen, rejected] in nats, by the code that trains. ValueError where
+    they are not the model's own, as with a soft cap on its logits.
+    """
     module = rpo.PairLogps(model, getattr(torch, dtype))
     try:
-        return rpo.score(module, pairs, max_tokens=8192, shared=False).cpu()
+        logps = rpo.score(module, pairs, max_tokens=8192, shared=False).cpu()
     except IndexError:
         raise ValueError("a pair has more tokens than the model has positions")
+    if not logps.isfinite().all():
+        raise ValueError("some log-probs are nan or inf")
+    rpo.can_share(model, pairs[0])
+    return logps
 
 def is_toy(data):
     """Whether a data folder says that it is of the toy world, whose exact reward is known."""
@@ -665,7 +672,8 @@ def read_state(folder):
 def checkpoints(path, ref_model):
     """
     [(model path, step, trainer options)] of a run folder, by step and beginning with step 0, the
-    model that the run began with; of any other model the one entry, whose step may be None.
+    model that the run began with, where it can be found; of any other model the one entry, whose
+    step may be None.
     """
     found = {}
     # where two are of one step the later counts, the final one
@@ -677,9 +685,11 @@ def checkpoints(path, ref_model):
             print(f"{folder} is left out: it has no trainer_state.json")
     if found:
         options = found[min(found)][2]
-        start = options.get("model", ref_model)
-        # where the run was moved away from its first model, that is taken to be the reference
-        found.setdefault(0, (start if os.path.exists(start) else ref_model, 0, options))
+        start = options["model"]
+        if start == ref_model or os.path.exists(start):
+            found[0] = (start, 0, options)
+        else:
+            print(f"{path}: step 0 is left out: {start}, which it began with, is not here")
         return [found[step] for step in sorted(found)]
     if os.path.exists(f"{path}/metrics.jsonl"):
         raise ValueError(f"{path} has no checkpoint: a run writes one at its end or --save_every N")
@@ -701,10 +711,6 @@ def measure_pairs(policy, pairs, ref_logps, beta, o):
     """{group of lengths or "all": {"pairs": N, metric: [mean, error]}} of one checkpoint."""
     lengths = torch.tensor([len(pair["chosen"]) for pair in pairs])  # (N,)
     logps = log_probs(*policy, pairs, o.dtype)  # (N, 2)
-    if not logps.isfinite().all():
-        raise ValueError("some log-probs of the pairs are nan or inf")
-    # raises where these are not the model's own log-probs, as with a soft cap on its logits
-    rpo.can_share(policy[0], pairs[0])
     _, metrics = rpo.rpo_loss(logps, ref_logps, lengths, beta=beta, eta=0)
     groups = length_groups(lengths) | {"all": lengths > 0}
     parts = {}
@@ -780,12 +786,13 @@ def prefs(o):
     for run in o.model:
         rows = []
         found = checkpoints(run, o.ref_model)
-        if len(found) > 1:
+        # a run's models stand in folders of its own
+        is_run = found[-1][0] != run
+        if is_run:
             check_writable(f"{run}/{PREFS_FILE[o.split]}")
         for checkpoint in found:
             rows.append(measure(checkpoint, reference, pairs, ref_logps, prompts, o))
-            # a run has step 0 at least beside its last checkpoint, a model is alone
-            if len(found) > 1:
+            if is_run:
                 write_file(f"{run}/{PREFS_FILE[o.split]}", json_lines(rows))
         print_prefs(run, rows, o)
 

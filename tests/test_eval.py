@@ -126,7 +126,7 @@ def toy(tmp_path_factory):
     checkpoints.append((10, "step_000010", "policy"))
     for step, name, source in checkpoints:
         shutil.copytree(folder / source, folder / "run" / name)
-        state = dict(step=step, options=dict(beta=0.5))
+        state = dict(step=step, options=dict(beta=0.5, model=str(folder / "model")))
         (folder / "run" / name / "trainer_state.json").write_text(json.dumps(state))
     # a save that was cut short
     shutil.copytree(folder / "run" / "final", folder / "run" / "step_000020.tmp")
@@ -172,14 +172,27 @@ def test_a_checkpoint_without_a_state_is_left_out_and_that_is_said(toy, tmp_path
     assert [step for _, step, _ in found] == [0, 10]
     assert "step_000005 is left out" in capsys.readouterr().out
 
-def test_step_0_is_the_model_that_the_run_began_with(toy, tmp_path):
-    """Of a later online round this is no longer the reference."""
+@pytest.mark.parametrize("start", ["policy", "ORG/REFERENCE"])
+def test_step_0_is_the_model_that_the_run_began_with(toy, tmp_path, start):
+    """Of a later online round this is no longer the reference; a hub's name is no folder."""
+    start = str(toy / "policy") if start == "policy" else start
     shutil.copytree(toy / "model", tmp_path / "run/final")
-    for start, found in ((toy / "policy", toy / "policy"), ("moved/away", "the reference")):
-        state = dict(step=4, options=dict(model=str(start)))
-        (tmp_path / "run/final/trainer_state.json").write_text(json.dumps(state))
-        first, _ = evaluation.checkpoints(str(tmp_path / "run"), "the reference")
-        assert first == (str(found), 0, state["options"])
+    state = dict(step=4, options=dict(model=start))
+    (tmp_path / "run/final/trainer_state.json").write_text(json.dumps(state))
+    first, _ = evaluation.checkpoints(str(tmp_path / "run"), "ORG/REFERENCE")
+    assert first == (start, 0, state["options"])
+
+def test_step_0_is_left_out_where_the_first_model_is_gone(toy, tmp_path, capsys):
+    """The reference in its place would be another model's numbers."""
+    shutil.copytree(toy / "model", tmp_path / "run/final")
+    state = dict(step=4, options=dict(model="moved/away"))
+    (tmp_path / "run/final/trainer_state.json").write_text(json.dumps(state))
+    found = evaluation.checkpoints(str(tmp_path / "run"), "the reference")
+    assert [step for _, step, _ in found] == [4]
+    assert "step 0 is left out: moved/away" in capsys.readouterr().out
+    flags = "--ref_model", toy / "model", "--data", toy, "--prompts", 0
+    succeeds("prefs", "--model", tmp_path / "run", *flags)
+    assert [row["step"] for row in read_lines(tmp_path / "run/prefs.jsonl")] == [4]
 
 def test_a_checkpoint_of_transformers_trainer_is_a_model_like_any_other(toy, tmp_path):
     """Its trainer_state.json is about other things."""
@@ -279,7 +292,7 @@ def test_one_row_a_checkpoint_and_length_groups_of_the_last_alone(measured, toy)
 def test_kl_of_one_token_answers_is_a_sum_over_the_vocabulary(models, tokenizer, toy, tmp_path):
     """Samples by other rules than the policy's own (top_k, min_p) would miss it."""
     shutil.copytree(toy / "policy", tmp_path / "run" / "final")
-    state = dict(step=1, options={})
+    state = dict(step=1, options=dict(model=str(toy / "model")))
     (tmp_path / "run" / "final" / "trainer_state.json").write_text(json.dumps(state))
     flags = "--ref_model", toy / "model", "--data", toy, "--max_new_tokens", 1
     succeeds("prefs", "--model", tmp_path / "run", *flags)
@@ -1217,7 +1230,7 @@ def test_brackets_in_the_name_of_a_run_are_no_pattern(tmp_path):
     for step in (1, 2):
         folder = tmp_path / "run[1]" / f"step_{step:06d}"
         folder.mkdir(parents=True)
-        state = dict(step=step, options={})
+        state = dict(step=step, options=dict(model="reference"))
         (folder / "trainer_state.json").write_text(json.dumps(state))
     found = evaluation.checkpoints(f"{tmp_path}/run[1]", "reference")
     assert [step for _, step, _ in found] == [0, 1, 2]
